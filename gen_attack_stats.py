@@ -1,0 +1,177 @@
+"""Table 1: worst-case adversarial noise, inside the balls that the CCU model certifies.
+
+    python gen_attack_stats.py --datasets MNIST --wide_format 1 --fit_out 1
+
+Seeds are uniform noise; around each the CCU model (CCUs without --fit_out 1) certifies a radius within which its
+confidence stays below 1.1/M.  Every model is attacked in the same balls, intersected with the unit cube, by
+projected gradient ascent on its score.  Rows: TE test error, MMC mean maximal confidence, SR share of attacked points
+that score at least as high as half of the test images, AUC of test images against attacked points.  Writes the table
+to results/ and seeds, radii, samples and scores to results/backup/ (README: results/backup).  A LeNet with the default
+200 seeds x 50 restarts x 500 steps takes minutes on a GPU and about half an hour on two cores.
+"""
+
+import shutil
+import time
+
+import pandas as pd
+import torch
+from tqdm import tqdm
+from utils.attack import attack
+
+import model_paths
+import params
+from models import certified_radius
+from utils import cli, evaluation, files, tables
+from utils.data import load_in_dist
+from utils.errors import UserError
+from utils.out_data import load_out, resolve
+from utils.registry import load_models
+
+BALLS = {True: "CCU", False: "CCUs"}        # --fit_out: whose certificate gives the radii
+
+
+def main(args):
+    device = cli.device(args.gpu)
+    if args.load_seeds and len(args.datasets) > 1:
+        raise UserError("--load_seeds holds the seeds of one data set: give one to --datasets")
+    jobs = {dataset: prepare(dataset, args, device) for dataset in args.datasets}      # all checks before any work
+    stem = args.output or model_paths.RESULTS / f"table1_{'_'.join(jobs)}_{time.strftime('%Y%m%d-%H%M%S')}"
+    rows, notes, written = {}, [f"command: {files.run_record(args)['command']}"], []
+    for dataset, (models, metric, test, seeds, radii) in jobs.items():
+        start = time.monotonic()
+        parts = unit_folder(dataset, models, seeds, radii, args)
+        result = {label: attack_model(label, model, metric, seeds, radii, parts, args, device)
+                  for label, model in models.items()}
+        scores_in = {}
+        for label, model in models.items():
+            log_p, scores_in[label] = evaluation.evaluate(model, test.to(device), 1000)
+            rows[dataset, label] = statistics(model, log_p, scores_in[label], result[label]["score"], test.labels)
+        inside = sum(bool(r == 0) for r in radii)
+        notes += [f"{dataset}: radii of {BALLS[args.fit_out]} by the {args.certificate} certificate at ratio "
+                  f"{params.RATIO}: median {radii.median():.4g}, {inside} of {len(radii)} are 0",
+                  *tables.model_notes(models)]
+        backup = model_paths.BACKUP / f"{model_paths.name_of(stem)}_{dataset}.pt"
+        written.append(files.save({
+            "format": "CCU attack, version 1", "record": files.run_record(args, seconds=time.monotonic() - start),
+            "dataset": dataset, "seeds": seeds, "radii": radii, "models": result,
+            "meta": {label: model.meta for label, model in models.items()},
+            "scores_in": {label: s.cpu() for label, s in scores_in.items()}, "labels_in": test.labels.cpu()}, backup))
+        shutil.rmtree(parts)
+    table = layout(rows, args)
+    title = "Table 1: adversarial noise (%)"
+    tables.show(table, title)
+    print("", *notes, sep="\n")
+    written = tables.write(table, stem, title, notes) + written
+    print("", *(f"wrote {path}" for path in written), sep="\n")
+
+
+def prepare(dataset: str, args, device):
+    """Models, metric, test images, seeds [N, C, H, W] and certified radii [N] of one data set."""
+    ball = BALLS[args.fit_out]
+    models = load_models(dataset, args.models, device)
+    ccu = models[ball] if ball in models else load_models(dataset, [ball], device)[ball]
+    test = load_in_dist(dataset, "test", args.data_dir, args.download)
+    shape = tuple(test.images.shape[1:])
+    if args.load_seeds:
+        seeds = files.load(args.load_seeds, "CCU attack, version 1", "give a file of results/backup")["seeds"]
+        if tuple(seeds.shape[1:]) != shape:
+            raise UserError(f"{args.load_seeds} holds seeds of shape {list(seeds.shape[1:])}, {dataset} has {list(shape)}")
+    else:
+        n = args.batches * args.batch_size
+        if args.out_seeds:
+            out = load_out(resolve(args.out_dataset, args.data_dir), test, args.data_dir, args.out_dir, split="test",
+                           n=n, seed=args.seed)
+            if len(out) < n:
+                raise UserError(f"--out_seeds 1: {out.name} has {len(out)} test draws, {n} are asked for")
+            seeds = out.floats(slice(n))
+        else:
+            seeds = torch.rand(n, *shape, generator=torch.Generator().manual_seed(args.seed))
+    radii = certified_radius(ccu, seeds.to(device), params.RATIO, method=args.certificate).cpu()
+    return models, ccu.gmm_in.metric, test, seeds, radii
+
+
+def attack_model(label, model, metric, seeds, radii, parts, args, device) -> dict:
+    """Worst samples and their scores, batch by batch; a finished batch is kept in `parts` for --resume 1."""
+    units = []
+    for b, (x, r) in enumerate(zip(seeds.split(args.batch_size), radii.split(args.batch_size), strict=True)):
+        path = parts / f"{label}_{b}.pt"
+        if not path.exists():
+            generator = torch.Generator(device).manual_seed(args.seed * 1000 + b)
+            with tqdm(desc=f"{label}, batch {b + 1}", total=args.steps, leave=False, disable=None) as bar:
+                found = attack(model, metric, x.to(device), r.to(device), args.steps, args.restarts, args.alpha,
+                               generator, progress=bar.update)
+            with torch.no_grad():
+                unit = {"samples": found.samples.cpu(), "score": model.score(found.samples).cpu(),
+                        "prediction": model(found.samples).argmax(1).cpu(),
+                        "seed_score": model.score(x.to(device)).cpu()}
+            files.save(unit, path)
+            print(f"{label}, batch {b + 1}: mean score {unit['seed_score'].mean():.4f} -> {unit['score'].mean():.4f}",
+                  flush=True)
+        units.append(files.load(path))
+    return {key: torch.cat([unit[key] for unit in units]) for key in units[0]}
+
+
+def unit_folder(dataset, models, seeds, radii, args):
+    """Where finished batches are kept: named after everything that decides them, emptied unless --resume 1."""
+    import hashlib
+    digest = hashlib.sha256()
+    for part in (dataset, args.steps, args.restarts, args.alpha, args.batch_size, args.seed):
+        digest.update(f"{part};".encode())
+    for tensor in (seeds, radii, *(v for m in models.values() for v in m.state_dict().values())):
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    folder = model_paths.BACKUP / f".attack_{dataset}_{digest.hexdigest()[:16]}"
+    if folder.exists() and not args.resume:
+        shutil.rmtree(folder)
+    return folder
+
+
+def statistics(model, log_p, scores_in, attacked, labels) -> dict:
+    attacked = attacked.to(scores_in.device)
+    return {"TE": evaluation.test_error(log_p, labels.to(log_p.device)),
+            "MMC": evaluation.mmc(attacked) if model.score_is_confidence else None,
+            "SR": evaluation.success_rate(attacked, scores_in), "AUC": evaluation.auroc(scores_in, attacked)}
+
+
+def layout(rows: dict, args) -> pd.DataFrame:
+    """wide: rows (data set, statistic), one column per label.  Else one row per label, data sets side by side or,
+    --vertical 1, below each other."""
+    table = pd.DataFrame(rows, dtype=object).T                      # rows (data set, label)
+    if args.drop_mmc:
+        table = table.drop(columns="MMC")
+    if args.wide_format:
+        wide = pd.concat({dataset: table.loc[dataset].T for dataset in args.datasets})
+        return wide.where(wide.notna(), None)
+    if args.vertical:
+        return table
+    side = pd.concat({dataset: table.loc[dataset] for dataset in args.datasets}, axis=1)
+    return side.where(side.notna(), None)
+
+
+def parser() -> cli.Parser:
+    p = cli.Parser(__doc__).common()
+    p.add_argument("--datasets", nargs="+", required=True, choices=list(params.DATASETS), metavar="D",
+                   help="in-distributions: " + ", ".join(params.DATASETS))
+    p.out_dataset()
+    p.add_argument("--models", nargs="+", metavar="LABEL", help="labels (all that are trained)")
+    p.add_argument("--fit_out", type=cli.flag, default=False, help="radii from CCU (1) or from CCUs (0)")
+    p.add_argument("--certificate", choices=("paper", "tight"), default="paper", help="which bound gives the radii; "
+                   "paper is what the published figures used (paper)")
+    p.add_argument("--steps", type=cli.integer(1), default=500, help="gradient steps (500)")
+    p.add_argument("--restarts", type=cli.integer(1), default=50, help="starts per seed, the first at the seed (50)")
+    p.add_argument("--alpha", type=cli.number(0, open_low=True), default=3.0, help="length of the first step (3)")
+    p.add_argument("--batches", type=cli.integer(1), default=2, help="batches of seeds (2)")
+    p.add_argument("--batch_size", type=cli.integer(1), default=100, help="seeds in a batch (100)")
+    p.add_argument("--out_seeds", type=cli.flag, default=False, help="1 = seeds are test draws of the "
+                   "out-distribution instead of uniform noise (0)")
+    p.add_argument("--load_seeds", metavar="FILE", help="seeds of an earlier run, a file of results/backup")
+    p.add_argument("--drop_mmc", type=cli.flag, default=False, help="1 = without MMC (0)")
+    p.add_argument("--wide_format", type=cli.flag, default=False, help="1 = one column per label (0)")
+    p.add_argument("--vertical", type=cli.flag, default=False, help="without --wide_format: 1 = data sets below each "
+                   "other (0)")
+    p.add_argument("--resume", type=cli.flag, default=False, help="1 = keep the finished batches of a killed run (0)")
+    p.add_argument("--output", help="write PATH.csv and PATH.txt (results/table1_<datasets>_<time>)", metavar="PATH")
+    return p
+
+
+if __name__ == "__main__":
+    cli.run(main, parser())

@@ -1,0 +1,102 @@
+"""Table 2: how well each trained model tells OOD test sets from the in-distribution's test set.
+
+    python gen_eval.py --dataset MNIST --drop_mmc 1
+
+Evaluates every model under checkpoints/<dataset>/ and writes the table to results/ as .csv and .txt (LaTeX), a
+second one with FPR at 95 % TPR (OOD positive), and all scores to results/backup/.  A model or OOD set that is
+not there is named with the command that gets it.  Seconds on a GPU, a minute or two on a CPU.
+"""
+
+import sys
+import time
+
+import pandas as pd
+
+import model_paths
+from utils import cli, evaluation, files, tables
+from utils.data import load_in_dist, load_ood, load_ood_folder
+from utils.errors import MissingData, UserError
+from utils.registry import load_models
+
+
+def main(args):
+    device = cli.device(args.gpu)
+    models = load_models(args.dataset, args.models, device)
+    test = load_in_dist(args.dataset, "test", args.data_dir, args.download)
+    sets = ood_sets(args, test)
+    test_gpu = test.to(device)
+
+    scores, test_errors = {}, {}
+    for label, model in models.items():
+        log_p, scores[label, "orig"] = evaluation.evaluate(model, test_gpu, args.batch_size)
+        test_errors[label] = evaluation.test_error(log_p, test_gpu.labels)
+        for name, data in sets.items():
+            _, scores[label, name] = evaluation.evaluate(model, data.to(device), args.batch_size)
+
+    metric = ("AP", evaluation.average_precision) if args.aupr else ("AUC", evaluation.auroc)
+    table = make_table(models, sets, scores, metric, not args.drop_mmc)
+    fpr = make_table(models, sets, scores, ("FPR95", evaluation.fpr95), False)
+    stem = args.output or model_paths.RESULTS / f"table2_{args.dataset}_{time.strftime('%Y%m%d-%H%M%S')}"
+    notes = [f"command: {files.run_record(args)['command']}",
+             "test error (%): " + ", ".join(f"{label} {error:.2f}" for label, error in test_errors.items()),
+             *tables.model_notes(models), "average precision and FPR at 95 % TPR: OOD is the positive class"]
+    title = f"Table 2, {args.dataset}: {metric[0]}{'' if args.drop_mmc else ' and mean maximal confidence'} (%)"
+    title_fpr = f"Table 2, {args.dataset}: FPR at 95 % TPR (%)"
+    tables.show(table, title)
+    tables.show(fpr, title_fpr)
+    print("", *notes, sep="\n")
+    written = tables.write(table, stem, title, notes) + tables.write(fpr, f"{stem}_fpr95", title_fpr, notes)
+    backup = model_paths.BACKUP / f"{model_paths.name_of(stem)}.pt"
+    written.append(files.save({
+        "format": "CCU scores, version 1", "record": files.run_record(args), "dataset": args.dataset,
+        "test_error": test_errors, "meta": {label: model.meta for label, model in models.items()},
+        "scores": {f"{label}/{name}": value.cpu() for (label, name), value in scores.items()}}, backup))
+    print("", *(f"wrote {path}" for path in written), sep="\n")
+
+
+def ood_sets(args, test) -> dict:
+    """name -> images of the OOD sets that are there; a line for each that is not."""
+    import params
+    sets = {}
+    for name in params.DATASETS[args.dataset].ood:
+        try:
+            sets[name] = load_ood(name, test, args.data_dir, args.download, args.seed)
+        except MissingData as error:
+            print(f"left out: {error}", file=sys.stderr)
+    for item in args.ood:
+        name, _, folder = item.partition("=")
+        if not name or not folder:
+            raise UserError(f"--ood {item}: write NAME=FOLDER")
+        sets[name] = load_ood_folder(name, folder, test)
+    return sets
+
+
+def make_table(models, sets, scores, metric, with_mmc: bool) -> pd.DataFrame:
+    """One row per OOD set, one column per label; with MMC two columns per label and a first row `orig`."""
+    name, function = metric
+    columns = {}
+    for label, model in models.items():
+        values = {s: function(scores[label, "orig"], scores[label, s]) for s in sets}
+        if not with_mmc:
+            columns[label] = values
+            continue
+        columns[label, "MMC"] = {s: evaluation.mmc(scores[label, s]) if model.score_is_confidence else None
+                                 for s in ("orig", *sets)}
+        columns[label, name] = {"orig": None, **values}
+    table = pd.DataFrame(columns).astype(object)
+    return table.where(table.notna(), None)
+
+
+def parser() -> cli.Parser:
+    p = cli.Parser(__doc__).dataset().common()
+    p.add_argument("--models", nargs="+", metavar="LABEL", help="labels (all that are trained)")
+    p.add_argument("--batch_size", type=cli.integer(1), default=1000, help="images at a time (1000)")
+    p.add_argument("--drop_mmc", type=cli.flag, default=False, help="1 = AUC only, 0 = mean confidence too (0)")
+    p.add_argument("--aupr", type=cli.flag, default=False, help="1 = average precision instead of AUC (0)")
+    p.add_argument("--ood", nargs="+", default=[], metavar="NAME=FOLDER", help="more OOD sets: folders of images")
+    p.add_argument("--output", help="write PATH.csv and PATH.txt (results/table2_<dataset>_<time>)", metavar="PATH")
+    return p
+
+
+if __name__ == "__main__":
+    cli.run(main, parser())

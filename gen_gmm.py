@@ -1,0 +1,106 @@
+"""Fit and save the two Gaussian mixtures that a CCU model starts from.
+
+    python gen_gmm.py --dataset MNIST --PCA 1 --augm_flag 1
+
+Fits the metric and the in-mixture on the in-distribution's training images and the out-mixture, in the same
+metric, on about 25,000 out-images; writes checkpoints/<dataset>/gmm/<metric>_n<n>_<out_dataset>.pt.  MNIST with
+100 centroids takes about half a minute on two cores; --dataset Digits needs no data and takes seconds.
+"""
+
+import time
+
+import torch
+from tqdm import tqdm
+
+import model_paths
+import params
+from models import PCAMetric
+from utils import cli, files
+from utils.data import Augmentation, ImageSet, augment, load_in_dist
+from utils.errors import UserError
+from utils.fit import fit_gmm
+from utils.out_data import load_out, resolve
+
+
+def main(args):
+    device = cli.device(args.gpu)
+    data = load_in_dist(args.dataset, "train", args.data_dir, args.download)
+    defaults = params.DATASETS[args.dataset]
+    out_name = resolve(args.out_dataset, args.data_dir)
+    out = load_out(out_name, data, args.data_dir, args.out_dir, n=params.OUT_FIT_IMAGES, seed=args.seed)
+    if args.data_used is not None:
+        if args.data_used > len(data):
+            raise UserError(f"--data_used {args.data_used}: {args.dataset} has {len(data)} training images")
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(args.seed))
+        data = data.subset(order[:args.data_used])
+    for name, images in ((args.dataset, data), (out_name, out)):
+        if max(args.n) > len(images):
+            raise UserError(f"--n {max(args.n)}: {name} has {len(images)} images; choose fewer centroids")
+
+    augmentation = Augmentation(defaults.crop, defaults.pad_mode, defaults.flip) if args.augm_flag else None
+    X, X_out = (one_pass(images.to(device), augmentation, args.seed) for images in (data, out))
+    name = args.metric if args.PCA else "euclidean"
+    metric = make_metric(name, X)
+    z, z_out = metric.transform(X), metric.transform(X_out)
+    for n in args.n:
+        start = time.monotonic()
+        gmm_in, fit_in = fit_gmm(z, metric, n, args.reg_covar, args.seed, progress("in", n, args.verbose))
+        gmm_out, fit_out = fit_gmm(z_out, metric, n, args.reg_covar, args.seed, progress("out", n, args.verbose))
+        path = model_paths.mixtures(args.dataset, name, n, out_name)
+        meta = {"dataset": args.dataset, "metric": name, "n": n, "out_dataset": out_name, "seed": args.seed,
+                "images": [len(z), len(z_out)], "reg_covar": args.reg_covar, "augm_flag": args.augm_flag,
+                "variances": [gmm_in.logvar[0].exp().item(), gmm_out.logvar[0].exp().item()],
+                "log_likelihoods": [fit_in.log_likelihoods[-1], fit_out.log_likelihoods[-1]],
+                "seconds": time.monotonic() - start}
+        files.save_mixtures(gmm_in, gmm_out, path, meta)
+        print(f"n = {n}: in-variance {meta['variances'][0]:.4g} (log-likelihood {meta['log_likelihoods'][0]:.1f} per "
+              f"image of {len(z)}), out-variance {meta['variances'][1]:.4g} ({meta['log_likelihoods'][1]:.1f}, "
+              f"{len(z_out)} of {out_name}), {meta['seconds']:.1f} s\nwrote {path}")
+
+
+def one_pass(images: ImageSet, augmentation: Augmentation | None, seed: int) -> torch.Tensor:
+    """Every image once, augmented as in training: [n, D] in [0, 1]."""
+    generator = torch.Generator(images.images.device).manual_seed(seed)
+    index = torch.arange(len(images), device=images.images.device)
+    return torch.cat([augment(images.images, block, augmentation, generator).flatten(1)
+                      for block in index.split(8192)])
+
+
+def make_metric(name: str, X: torch.Tensor) -> PCAMetric:
+    if name == "euclidean":
+        return PCAMetric.euclidean(X.shape[1]).to(X.device)
+    metric = PCAMetric.fit(X, params.MIN_SV_FACTOR, whiten=name == "mahalanobis")
+    s = metric.singular_values
+    floored = (s <= s.min() * 1.0001).sum().item() - 1
+    if floored > len(s) / 2:
+        print(f"note: {floored} of {len(s)} singular values are at the floor: the images hardly vary in these "
+              "directions, and any change along them counts as far away")
+    return metric
+
+
+def progress(which: str, n: int, verbose: bool):
+    """A line or a bar that follows EM."""
+    bar = tqdm(desc=f"EM {which}, n = {n}", unit="step", leave=False, disable=True if verbose else None)
+
+    def follow(iteration: int, log_likelihood: float):
+        bar.update()
+        bar.set_postfix(log_likelihood=f"{log_likelihood:.2f}")
+        if verbose:
+            print(f"EM {which}, n = {n}, step {iteration}: log-likelihood {log_likelihood:.4f}")
+    return follow
+
+
+def parser() -> cli.Parser:
+    p = cli.Parser(__doc__).dataset().metric().out_dataset().common()
+    p.add_argument("--augm_flag", type=cli.flag, default=False, help="1 = fit on augmented images (0)")
+    p.add_argument("--n", type=cli.integer(1), nargs="+", default=[params.CENTROIDS], help="centroids per mixture; "
+                   f"several values write several files ({params.CENTROIDS})")
+    p.add_argument("--data_used", type=cli.integer(2), help="fit on so many in-images (all)")
+    p.add_argument("--reg_covar", type=cli.number(0), default=params.REG_COVAR,
+                   help=f"added to the fitted variances ({params.REG_COVAR})")
+    p.add_argument("--verbose", type=cli.flag, default=False, help="1 = print the log-likelihood of every step (0)")
+    return p
+
+
+if __name__ == "__main__":
+    cli.run(main, parser())

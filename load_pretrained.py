@@ -1,0 +1,96 @@
+"""Turn a state dict of the authors' CCU models into a checkpoint of ours.
+
+    python load_pretrained.py --dataset CIFAR10 --pretrained CIFAR10.pt
+
+Reads tensors only, checks every key and shape against the data set, and writes checkpoints/CIFAR10/CCU.pt, which
+gen_eval.py and gen_attack_stats.py then find.
+"""
+
+import math
+
+import torch
+
+import model_paths
+import params
+from models import CCU, GMM, PCAMetric, build_classifier
+from utils import cli, files
+from utils.errors import UserError
+
+
+def main(args):
+    state = files.load(args.pretrained, mend="give the authors' state dict")
+    path = model_paths.model(args.dataset, args.label)
+    try:
+        model = from_authors(state, params.DATASETS[args.dataset])
+    except ValueError as error:
+        raise UserError(f"{args.pretrained} is no state dict of a CCU model for {args.dataset}: {error}") from error
+    if path.exists() and not args.overwrite:
+        raise UserError(f"{path} exists; --overwrite 1 replaces it, --label NAME puts the new one beside it")
+    files.save_model(model, path, {"dataset": args.dataset, "label": args.label, "train_type": "CEDA_GMM",
+                                   "source": "the authors' weights"})
+    print(f"{model.gmm_in.components} + {model.gmm_out.components} centroids, log lambda {model.loglam:.3g}\n"
+          f"wrote {path}")
+
+
+def from_authors(state: dict, dataset: params.Dataset) -> CCU:
+    """The CCU model of a state dict with the keys base_model.*, mm.*, mm_out.*, loglam, log_K.
+
+    Raises ValueError with the first key that is missing, superfluous, misshapen, or at odds with another.
+    """
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise ValueError("it must map names to tensors")
+    D = dataset.channels * dataset.size ** 2
+    state = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    base_model = build_classifier(dataset.arch, dataset.channels, dataset.size, dataset.classes)
+    counters = {key: value for key, value in base_model.state_dict().items() if key.endswith("num_batches_tracked")}
+    base = {key.removeprefix("base_model."): state.pop(key) for key in list(state) if key.startswith("base_model.")}
+    files.load_state(base_model, base | counters)
+
+    def take(key: str, *shape: int | None) -> torch.Tensor:
+        if key not in state:
+            raise ValueError(f"missing key {key}")
+        value = state.pop(key)
+        if len(value.shape) != len(shape) or any(want not in (None, got) for want, got in
+                                                 zip(shape, value.shape, strict=True)):
+            raise ValueError(f"{key} must have shape {['K' if s is None else s for s in shape]}, "
+                             f"got {list(value.shape)}")
+        if not value.isfinite().all():
+            raise ValueError(f"{key} has values that are not finite")
+        return value.detach().float()
+
+    gmms, metric = [], None
+    for name in ("mm", "mm_out"):
+        s = take(f"{name}.metric.singular_values", D)
+        own = PCAMetric(take(f"{name}.metric.comp_vecs", D, D), s)
+        agree(f"{name}.metric.singular_values_sqrt", take(f"{name}.metric.singular_values_sqrt", D), s.sqrt())
+        if metric is not None and not (torch.equal(own.comp_vecs, metric.comp_vecs) and
+                                       torch.equal(s, metric.singular_values)):
+            raise ValueError("mm.metric and mm_out.metric differ, and the certificate needs one metric")
+        metric = metric or own
+        agree(f"{name}.norm_const", take(f"{name}.norm_const"), D / 2 * math.log(2 * math.pi) + metric.log_det / 2)
+        mu = take(f"{name}.mu", None, D)
+        K = len(mu)
+        gmms.append(GMM(mu, take(f"{name}.logvar", K), take(f"{name}.alpha", K), metric))
+    agree("log_K", take("log_K"), torch.tensor(-math.log(dataset.classes)))
+    loglam = take("loglam").item()
+    if state:
+        raise ValueError(f"unexpected key {next(iter(state))}")
+    return CCU(base_model, *gmms, loglam, dataset.classes)
+
+
+def agree(key: str, value: torch.Tensor, expected: torch.Tensor) -> None:
+    """A constant that our model derives must be what the file says."""
+    if not torch.allclose(value, expected, rtol=1e-3, atol=1e-3):
+        raise ValueError(f"{key} is not what the file's metric and classes give")
+
+
+def parser() -> cli.Parser:
+    p = cli.Parser(__doc__).dataset().common()
+    p.add_argument("--pretrained", required=True, metavar="FILE", help="the authors' state dict (.pt)")
+    p.add_argument("--label", type=cli.name, default="CCU", help="label in the tables (CCU)")
+    p.add_argument("--overwrite", type=cli.flag, default=False, help="1 = replace an existing checkpoint (0)")
+    return p
+
+
+if __name__ == "__main__":
+    cli.run(main, parser())

@@ -1,0 +1,64 @@
+"""Registry: data set -> label -> file.  The only place that knows file names.
+
+All paths are relative to the current directory: checkpoints/, results/ and logs/ grow where a script runs.
+A model that was trained elsewhere takes part in the tables as checkpoints/<data set>/<label>.pt.
+"""
+
+from pathlib import Path
+
+CHECKPOINTS, RESULTS, LOGS = Path("checkpoints"), Path("results"), Path("logs")
+BACKUP = RESULTS / "backup"
+
+# label in the tables, in their order -> how run_training.py makes it
+LABELS = {
+    "Base": "--train_type plain",
+    "CEDA": "--train_type CEDA",
+    "OE": "--train_type OE",
+    "ACET": "--train_type ACET --fit_out 1",
+    "ACET2": "--train_type ACET",
+    "CCU": "--train_type CEDA_GMM --use_gmm 1 --PCA 1 --fit_out 1",
+    "CCUs": "--train_type CEDA_GMM --use_gmm 1 --PCA 1",
+}
+
+
+def label(train_type: str, fit_out: bool) -> str:
+    """The label of what run_training.py trains."""
+    return {"plain": "Base", "CEDA_GMM": "CCU" if fit_out else "CCUs",
+            "ACET": "ACET" if fit_out else "ACET2"}.get(train_type, train_type)
+
+
+def model(dataset: str, label: str) -> Path:
+    return CHECKPOINTS / dataset / f"{label}.pt"
+
+
+def training_state(checkpoint: Path) -> Path:
+    """What --resume 1 continues from."""
+    return checkpoint.with_suffix(".state")
+
+
+def run_record(checkpoint: Path) -> Path:
+    return checkpoint.with_suffix(".json")
+
+
+def mixtures(dataset: str, metric: str, n: int, out_dataset: str) -> Path:
+    return CHECKPOINTS / dataset / "gmm" / f"{metric}_n{n}_{out_dataset}.pt"
+
+
+def trained(dataset: str) -> dict[str, Path]:
+    """label -> file of the models that exist: those of the tables in their order, then all others."""
+    found = {path.stem: path for path in sorted((CHECKPOINTS / dataset).glob("*.pt"))}
+    return {name: found[name] for name in [*LABELS, *(f for f in found if f not in LABELS)] if name in found}
+
+
+def command(dataset: str, label: str) -> str:
+    """The command that makes the model."""
+    return f"python run_training.py --dataset {dataset} {LABELS[label]} --augm_flag 1"
+
+
+def log_dir(dataset: str, label: str, stamp: str) -> Path:
+    return LOGS / dataset / f"{label}_{stamp}"
+
+
+def name_of(stem) -> str:
+    """The name under which a table's backup is kept."""
+    return Path(stem).name

@@ -1,0 +1,62 @@
+"""The CCU model: a classifier that mixes with the uniform distribution where the data ends."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.detectors import Detector
+from models.gmm import GMM
+
+
+class CCU(Detector):
+    """p(y|x) = [ p(y|x,i) p(x|i) + lam/M p(x|o) ] / [ p(x|i) + lam p(x|o) ]   (DESIGN: Model).
+
+    gmm_out=None is the single-mixture variant CCUs: p(x|o) = 1, the uniform density on the cube.
+    Both mixtures must share one metric object.  loglam = log p(o)/p(i).
+    """
+
+    def __init__(self, base_model: nn.Module, gmm_in: GMM, gmm_out: GMM | None, loglam: float, classes: int):
+        if gmm_out is not None and gmm_out.metric is not gmm_in.metric:
+            raise ValueError("the two mixtures must share one metric")
+        super().__init__(base_model, {
+            "kind": "CCU", "base_model": base_model.spec, "dim": gmm_in.metric.dim, "classes": classes,
+            "components_in": gmm_in.components,
+            "components_out": gmm_out.components if gmm_out is not None else 0,
+        })
+        self.gmm_in = gmm_in
+        self.gmm_out = gmm_out
+        self.classes = classes
+        self.register_buffer("loglam", torch.tensor(float(loglam)))
+
+    def log_densities(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """log p(x|i) [B] and log p(x|o) [B]; the coordinates z are computed once for both."""
+        z = self.gmm_in.metric.transform(x)
+        log_p_in = self.gmm_in.log_prob_z(z)
+        log_p_out = self.gmm_out.log_prob_z(z) if self.gmm_out is not None else torch.zeros_like(log_p_in)
+        return log_p_in, log_p_out
+
+    def posterior(self, log_softmax: Tensor, log_p_in: Tensor, log_p_out: Tensor) -> Tensor:
+        """log p(y|x) [B, M] from log p(y|x,i) [B, M], log p(x|i) [B] and log p(x|o) [B].
+
+        The model's equation with numerator and denominator divided by the larger density: the log-densities
+        are in the thousands, and log p(y|x,i) + log p(x|i) would lose the confidence's digits in float32.
+        """
+        log_odds = (log_p_in - log_p_out - self.loglam)[:, None]                    # log p(i|x)/p(o|x)
+        return torch.logaddexp(log_softmax + F.logsigmoid(log_odds),
+                               F.logsigmoid(-log_odds) - math.log(self.classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.posterior(self.log_softmax(x), *self.log_densities(x))
+
+    def attack_score(self, x: Tensor) -> Tensor:
+        """log( confidence - 1/M ) [B] = log( max_y p(y|x,i) - 1/M ) + log p(i|x).
+
+        An increasing function of the score.  Far out the score is log 1/M to machine precision and its
+        gradient 0; this one climbs the classifier's confidence and the log-density ratio, and is never flat.
+        """
+        confidence = self.log_softmax(x).amax(1).exp()
+        log_p_in, log_p_out = self.log_densities(x)
+        tiny = torch.finfo(confidence.dtype).eps / self.classes
+        return (confidence - 1 / self.classes).clamp_min(tiny).log() + F.logsigmoid(log_p_in - log_p_out - self.loglam)

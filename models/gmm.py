@@ -1,0 +1,63 @@
+"""Gaussian mixtures that are spherical in the shared metric (DESIGN: Densities)."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from models.metric import PCAMetric
+
+
+def squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    """||a_i - b_j||^2 for a [B, D], b [K, D] -> [B, K], from one matrix product.
+
+    Both are centred first: |a|^2 + |b|^2 - 2ab cancels badly far from the origin.
+    """
+    centre = b.detach().mean(0)
+    a, b = a - centre, b - centre
+    a2, b2 = a.square().sum(1, keepdim=True), b.square().sum(1)
+    return torch.addmm(a2 + b2, a, b.T, alpha=-2).clamp_min(0)
+
+
+class GMM(nn.Module):
+    """p(x) = sum_k exp(alpha_k) N_k(x), spherical with variance exp(logvar_k) in `metric`.
+
+    mu [K, D] in pixel space, logvar [K], alpha [K] log-weights (not trained).
+    """
+
+    def __init__(self, mu: Tensor, logvar: Tensor, alpha: Tensor, metric: PCAMetric):
+        super().__init__()
+        K, D = mu.shape
+        if logvar.shape != (K,) or alpha.shape != (K,) or metric.dim != D:
+            raise ValueError(f"mu [K, D], logvar [K], alpha [K] and a metric of D dimensions do not fit: "
+                             f"{list(mu.shape)}, {list(logvar.shape)}, {list(alpha.shape)}, {metric.dim}")
+        self.mu = nn.Parameter(mu)
+        self.logvar = nn.Parameter(logvar)
+        self.register_buffer("alpha", alpha)
+        self.metric = metric
+
+    @property
+    def components(self) -> int:
+        return self.mu.shape[0]
+
+    def log_norm(self) -> Tensor:
+        """log(alpha_k c_k) [K]: each component's log-density at its own mean."""
+        D = self.mu.shape[1]
+        return self.alpha - D / 2 * (math.log(2 * math.pi) + self.logvar) - self.metric.log_det / 2
+
+    def component_log_prob_z(self, z: Tensor) -> Tensor:
+        """log(alpha_k N_k) [B, K] at coordinates z [B, D] of the metric."""
+        d2 = squared_distances(z, self.metric.transform(self.mu))       # [B, K]
+        return self.log_norm() - d2 / 2 * torch.exp(-self.logvar)
+
+    def log_prob_z(self, z: Tensor) -> Tensor:
+        """log p [B] at coordinates z [B, D] of the metric."""
+        return self.component_log_prob_z(z).logsumexp(1)
+
+    def component_log_prob(self, x: Tensor) -> Tensor:
+        """log(alpha_k N_k(x)) [B, K], weights included, for x [B, ...] in pixel space."""
+        return self.component_log_prob_z(self.metric.transform(x))
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log p(x) [B] for x [B, ...] in pixel space."""
+        return self.log_prob_z(self.metric.transform(x))

@@ -1,0 +1,71 @@
+"""Defaults per data set and per method: the only place that knows hyperparameters.
+
+Every value says where it is from: [code] the published code, [paper] the method of the paper named
+there, [ours] chosen here.  A value set on the command line replaces the one found here.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What depends on the in-distribution alone."""
+
+    channels: int
+    size: int                  # images are size x size
+    classes: int
+    arch: str                  # classifier of all methods but MCD and GAN                      [code]
+    arch_dropout: str          # the classifier of MCD                                          [code]
+    arch_gan: str              # the classifier of GAN                                          [code]
+    optimizer: str             # "adam" at 1e-3 or "sgd" at 0.1, momentum 0.9                   [code]
+    crop: int                  # padding of the random crop, 0 = no crop                        [code]
+    pad_mode: str              # "constant", "edge" or "reflect"                                [code]
+    flip: bool                 # random horizontal flip                                         [code]
+    ood: tuple[str, ...]       # the OOD test sets of Table 2, in the table's order             [paper]
+
+
+_GREY = dict(channels=1, size=28, classes=10, crop=2, pad_mode="constant", flip=False)
+_LENET = dict(arch="LeNet", arch_dropout="LeNetDropout", arch_gan="LeNet", optimizer="adam")
+_COLOUR = dict(channels=3, size=32)
+_RESNET = dict(arch="ResNet18", arch_dropout="VGG13", arch_gan="VGG13", optimizer="sgd")
+_CIFAR = dict(crop=4, pad_mode="reflect", flip=True, **_COLOUR, **_RESNET)
+
+DATASETS = {
+    "MNIST": Dataset(**_GREY, **_LENET,
+                     ood=("FMNIST", "EMNIST", "GrayCIFAR10", "Noise", "Uniform")),
+    "FMNIST": Dataset(**_GREY, **_RESNET,
+                      ood=("MNIST", "EMNIST", "GrayCIFAR10", "Noise", "Uniform")),
+    "SVHN": Dataset(classes=10, crop=4, pad_mode="edge", flip=False, **_COLOUR, **_RESNET,
+                    ood=("CIFAR10", "CIFAR100", "LSUN_CR", "Imagenet-", "Noise", "Uniform")),
+    "CIFAR10": Dataset(classes=10, **_CIFAR,
+                       ood=("SVHN", "CIFAR100", "LSUN_CR", "Imagenet-", "Noise", "Uniform")),
+    "CIFAR100": Dataset(classes=100, **_CIFAR,
+                        ood=("SVHN", "CIFAR10", "LSUN_CR", "Imagenet-", "Noise", "Uniform")),
+    # ours: scikit-learn's digits, MNIST's list and patches of a photograph, which ship with it
+    "Digits": Dataset(**_GREY, **_LENET,
+                      ood=("FMNIST", "EMNIST", "GrayCIFAR10", "Patches", "Noise", "Uniform")),
+}
+
+# Out-distributions for training, best first.  "auto" takes the first whose file is there; Photos,
+# crops of a photograph that scikit-learn brings, always is.  [80 Million Tiny Images: paper, code]
+OUT_DATASETS = ("TinyImages", "RandomImages300k", "Photos")
+
+CENTROIDS = 100          # K of each mixture                                                    [code]
+OUT_FIT_IMAGES = 25_000  # images the out-mixture is fitted on                                  [code]
+REG_COVAR = 1e-3         # added to the fitted variances                       [code's library, see README]
+MIN_SV_FACTOR = 1e6      # singular values are floored at the largest / this                    [code]
+VAR_RATIO = 4.0          # out-variances are kept above this times the largest in-variance      [code]
+
+EPOCHS = 100             #                                                                      [code]
+BATCH_SIZE = 128         # in-images a step; out-images likewise                                [code]
+MILESTONES = (0.5, 0.75, 0.9)   # of the epochs, learning rates x 0.1 after each                [code]
+WEIGHT_DECAY = 5e-4      #                                                                      [code]
+LR = {"adam": 1e-3, "sgd": 0.1, "nesterov": 0.1}  # [code; nesterov is OE's: Hendrycks et al. 2019]
+LR_GMM = 1e-5            #                                                                      [code]
+
+RATIO = 1.1              # radii are certified for a confidence of at most this / classes       [code]
+
+ACET_EPS = 0.3           # l_inf radius                                                     [Hein et al. 2019]
+ACET_STEPS = 40          # gradient steps                                                       [code]
+ACET_WARM_EPOCHS = 3     # epochs with                                                          [code]
+ACET_WARM_LAMBDA = 1e-3  # this lambda                                                          [code]

@@ -1,0 +1,134 @@
+"""Train one model and write checkpoints/<dataset>/<label>.pt.
+
+    python run_training.py --dataset MNIST --train_type plain --augm_flag 1
+    python run_training.py --dataset MNIST --train_type ACET --augm_flag 1
+    python run_training.py --dataset MNIST --train_type CEDA_GMM --augm_flag 1 --use_gmm 1 --PCA 1 --fit_out 1
+
+CEDA_GMM with --fit_out 1 is CCU, without it CCUs; both start from the mixtures of gen_gmm.py.  MNIST takes, an
+epoch on two cores, about 20 s for plain and 40 s for CCU with --amp 1.  TensorBoard scalars go to logs/.
+"""
+
+import time
+
+import torch
+
+import model_paths
+import params
+from models import CCU, Softmax, build_classifier
+from utils import cli, files, objectives
+from utils.data import Augmentation, load_in_dist
+from utils.errors import UserError
+from utils.evaluation import evaluate
+from utils.out_data import load_out, resolve
+from utils.training import Settings, train
+
+
+def main(args):
+    device = cli.device(args.gpu)
+    defaults = params.DATASETS[args.dataset]
+    check(args)
+    label = args.label or model_paths.label(args.train_type, args.fit_out)
+    path = model_paths.model(args.dataset, label)
+    state_path = model_paths.training_state(path)
+    objective = objectives.make(args.train_type, args.loglam, args.fit_out, args.steps)
+    optimizer = objective.optimizer or defaults.optimizer
+    out_name = resolve(args.out_dataset, args.data_dir) if objective.needs_out else None
+    settings = Settings(optimizer, args.lr or params.LR[optimizer], args.lr_gmm, args.decay, tuple(args.grad_vars),
+                        args.epochs, args.batch_size, args.seed)
+
+    torch.manual_seed(args.seed)
+    model, mixtures = make_model(args, defaults, out_name)
+    data = load_in_dist(args.dataset, "train", args.data_dir, args.download)
+    test = load_in_dist(args.dataset, "test", args.data_dir)
+    out = load_out(out_name, data, args.data_dir, args.out_dir, seed=args.seed) if out_name else None
+    augmentation = (Augmentation(defaults.crop, defaults.pad_mode, defaults.flip) if args.augm_flag else
+                    Augmentation(0, "constant", False))
+    model.to(device)
+    model.amp = args.amp
+    options = {key: value for key, value in vars(args).items() if key not in ("gpu", "resume", "debug", "verbose")}
+    start = time.monotonic()
+    history = train(model, objective, data.to(device), out and out.to(device), augmentation, settings, state_path,
+                    args.resume, options, model_paths.log_dir(args.dataset, label, time.strftime("%Y%m%d-%H%M%S")), args.verbose)
+    model.amp = False
+    log_p, _ = evaluate(model.eval(), test.to(device), args.batch_size)
+    test_error = 100 * (log_p.argmax(1) != test.labels).double().mean().item()
+    meta = {"dataset": args.dataset, "label": label, "train_type": args.train_type, "out_dataset": out_name,
+            "epochs": args.epochs, "seed": args.seed, "augm_flag": args.augm_flag, "mixtures": mixtures,
+            "test_error": test_error}
+    files.save_model(model, path, meta)
+    record = files.run_record(args, **meta, seconds=time.monotonic() - start, history=history)
+    files.write_json(model_paths.run_record(path), record)
+    state_path.unlink(missing_ok=True)
+    print(f"test error {test_error:.2f} %\nwrote {path} and {model_paths.run_record(path)}")
+
+
+def check(args) -> None:
+    """Options that only make sense together."""
+    ccu = args.train_type == "CEDA_GMM"
+    if args.use_gmm is None:
+        args.use_gmm = ccu
+    if args.use_gmm != ccu:
+        raise UserError("--use_gmm 1 and --train_type CEDA_GMM go together")
+    if args.fit_out and args.train_type not in ("CEDA_GMM", "ACET"):
+        raise UserError("--fit_out 1 goes with --train_type CEDA_GMM (CCU) or ACET")
+
+
+def make_model(args, defaults, out_name):
+    """The model before training, and where its mixtures come from."""
+    base_model = build_classifier(defaults.arch, defaults.channels, defaults.size, defaults.classes)
+    if args.warmstart:
+        base = files.load_model(model_paths.model(args.dataset, "Base"))
+        if base.spec["base_model"] != base_model.spec:
+            raise UserError("--warmstart 1: the Base model has another classifier")
+        base_model.load_state_dict(base.base_model.state_dict())
+    if not args.use_gmm:
+        return Softmax(base_model), None
+    name = args.metric if args.PCA else "euclidean"
+    path = args.gmm_path or model_paths.mixtures(args.dataset, name, args.n, out_name)
+    gmm_in, gmm_out, meta = files.load_mixtures(path, f"fit the mixtures: python gen_gmm.py --dataset {args.dataset} "
+                                                f"--PCA {int(args.PCA)} --metric {args.metric} --n {args.n} "
+                                                f"--augm_flag {int(args.augm_flag)} --out_dataset {out_name}")
+    for key, wanted in (("dataset", args.dataset), ("metric", name), ("n", args.n), ("out_dataset", out_name)):
+        if meta[key] != wanted:
+            raise UserError(f"{path} was fitted with {key} {meta[key]}, not {wanted}: run gen_gmm.py with the same "
+                            "options, or change them here")
+    model = CCU(base_model, gmm_in, gmm_out if args.fit_out else None, args.loglam, defaults.classes)
+    return model, meta
+
+
+def parser() -> cli.Parser:
+    p = cli.Parser(__doc__).dataset()
+    p.add_argument("--train_type", required=True, choices=("plain", "CEDA", "OE", "ACET", "CEDA_GMM"), metavar="T",
+                   help="plain (Base), CEDA, OE, ACET, CEDA_GMM (CCU, CCUs)")
+    p.metric().out_dataset().common()
+    p.add_argument("--augm_flag", type=cli.flag, default=False, help="1 = augment the training images (0)")
+    p.add_argument("--use_gmm", type=cli.flag, help="1 with CEDA_GMM")
+    p.add_argument("--fit_out", type=cli.flag, default=False, help="CEDA_GMM: 1 = two mixtures, 0 = one; ACET: 1 = "
+                   "attacks start at out-images, 0 = at uniform noise (0)")
+    p.add_argument("--epochs", type=cli.integer(1), default=params.EPOCHS, help=f"({params.EPOCHS})")
+    p.add_argument("--batch_size", type=cli.integer(1), default=params.BATCH_SIZE,
+                   help=f"in-images a step; out-images come on top ({params.BATCH_SIZE})")
+    p.add_argument("--lr", type=cli.number(0, open_low=True), help="classifier (Adam 1e-3 on MNIST and Digits, "
+                   "SGD 0.1 elsewhere)")
+    p.add_argument("--lr_gmm", type=cli.number(0), default=params.LR_GMM, help=f"mixtures ({params.LR_GMM})")
+    p.add_argument("--decay", type=cli.number(0), default=params.WEIGHT_DECAY,
+                   help=f"weight decay of the classifier ({params.WEIGHT_DECAY})")
+    p.add_argument("--loglam", type=cli.number(-50, 50), default=0.0, help="log p(o)/p(i) (0)")
+    p.add_argument("--n", type=cli.integer(1), default=params.CENTROIDS,
+                   help=f"centroids of the mixtures to start from ({params.CENTROIDS})")
+    p.add_argument("--grad_vars", nargs="*", choices=("mu", "var"), default=["mu", "var"],
+                   help="what of the mixtures is trained (mu var)")
+    p.add_argument("--gmm_path", help="file of gen_gmm.py (found by data set, metric, n and out-distribution)")
+    p.add_argument("--warmstart", type=cli.flag, default=False, help="1 = start from the Base model's weights (0)")
+    p.add_argument("--steps", type=cli.integer(1), default=params.ACET_STEPS,
+                   help=f"gradient steps of ACET's attack ({params.ACET_STEPS})")
+    p.add_argument("--label", type=cli.name, help="label in the tables and name of the file (by train type)")
+    p.add_argument("--amp", type=cli.flag, default=False, help="1 = classifier in bf16 (0)")
+    p.add_argument("--verbose", type=cli.flag, default=False, help="1 = TensorBoard scalars of every step, not only "
+                   "of every epoch (0)")
+    p.add_argument("--resume", type=cli.flag, default=False, help="1 = go on with an interrupted run (0)")
+    return p
+
+
+if __name__ == "__main__":
+    cli.run(main, parser())

@@ -1,0 +1,166 @@
+"""Metric, densities, EM and the CCU model against scipy, scikit-learn and closed forms."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import Covariance, multivariate_normal
+from sklearn.decomposition import PCA
+from sklearn.mixture import GaussianMixture
+
+from models import CCU, GMM, LeNet, PCAMetric
+from models.gmm import squared_distances
+from utils.fit import Fit, em, fit_gmm, kmeans_start
+
+
+def random_gmm(D, K, seed=0, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    X = torch.rand(4 * D, D, generator=g) * torch.linspace(0.05, 1, D)
+    metric = PCAMetric.fit(X)
+    mu, logvar = torch.rand(K, D, generator=g), torch.randn(K, generator=g) - 3
+    alpha = torch.randn(K, generator=g).log_softmax(0)
+    return GMM(mu, logvar, alpha, metric).to(dtype)
+
+
+def scipy_log_prob(gmm, x):
+    """log p(x) from scipy's full-covariance density; the covariance of component k is var_k V^T diag(s) V."""
+    V, s = (t.double().numpy() for t in (gmm.metric.comp_vecs, gmm.metric.singular_values))
+    root = np.linalg.cholesky((V.T * s) @ V)
+    terms = [np.log(w) + multivariate_normal(m, Covariance.from_cholesky(var ** 0.5 * root)).logpdf(x)
+             for m, var, w in zip(gmm.mu.detach().numpy().astype(float), gmm.logvar.exp().tolist(),
+                                  gmm.alpha.exp().tolist(), strict=True)]
+    return np.logaddexp.reduce(terms, axis=0)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-4)])
+def test_log_prob_agrees_with_scipy(dtype, tolerance):
+    gmm = random_gmm(784, 2, dtype=dtype)
+    x = torch.rand(20, 784, dtype=dtype)
+    expected = scipy_log_prob(gmm, x.double().numpy())
+    np.testing.assert_allclose(gmm.log_prob(x).detach().double().numpy(), expected, rtol=tolerance)
+
+
+def test_density_integrates_to_one_in_2d():
+    gmm = random_gmm(2, 3)
+    axis = torch.linspace(-6, 7, 1301, dtype=torch.float64)
+    grid = torch.cartesian_prod(axis, axis)
+    assert gmm.log_prob(grid).exp().sum().item() * 0.01 ** 2 == pytest.approx(1, abs=1e-6)
+
+
+def test_metric_agrees_with_sklearn_pca():
+    X = torch.rand(300, 12) @ torch.rand(12, 12)
+    metric = PCAMetric.fit(X)
+    pca = PCA(svd_solver="full").fit(X.double().numpy())
+    np.testing.assert_allclose(metric.singular_values, pca.singular_values_, rtol=1e-5)
+    np.testing.assert_allclose((metric.comp_vecs.numpy() * pca.components_).sum(1).__abs__(), 1, atol=1e-4)
+
+
+def test_metric_with_fewer_images_than_pixels_is_complete_and_floored():
+    metric = PCAMetric.fit(torch.rand(10, 40), min_sv_factor=1e4)
+    s = metric.singular_values
+    torch.testing.assert_close(metric.comp_vecs @ metric.comp_vecs.T, torch.eye(40), atol=1e-5, rtol=0)
+    assert (s[9:] == s[-1]).all()
+    assert s[0] / s[-1] == pytest.approx(1e4, rel=1e-5)
+
+
+def test_whitened_training_data_have_unit_variance():
+    X = torch.randn(5000, 6) @ torch.randn(6, 6)
+    z = PCAMetric.fit(X, whiten=True).transform(X)
+    torch.testing.assert_close(z.T.cov(), torch.eye(6), atol=1e-3, rtol=0)
+
+
+def test_inverse_undoes_transform_and_gradient_is_the_chain_rule():
+    metric = random_gmm(9, 2).metric
+    x = torch.rand(4, 9, dtype=torch.float64)
+    torch.testing.assert_close(metric.inverse(metric.transform(x)), x, atol=1e-6, rtol=0)
+    z = metric.transform(x).requires_grad_()
+    w = torch.randn(9, dtype=torch.float64)
+    grad_z, = torch.autograd.grad((metric.inverse(z) @ w).sum(), z)
+    torch.testing.assert_close(metric.gradient(w.expand(4, 9)), grad_z, atol=1e-6, rtol=1e-6)
+
+
+def test_squared_distances_survive_a_large_offset():
+    a, b = torch.rand(5, 30, dtype=torch.float64), torch.rand(3, 30, dtype=torch.float64)
+    near = squared_distances((a + 100).float(), (b + 100).float())
+    exact = torch.cdist((a + 100).float().double(), (b + 100).float().double()).square()
+    torch.testing.assert_close(near.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+def blobs(n=3000, D=10, K=5, seed=0):
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(K, D)) * 3
+    return torch.tensor(centres[rng.integers(K, size=n)] + rng.normal(size=(n, D)), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("reg_covar", [1e-6, 1e-2])
+def test_em_reaches_sklearn_from_the_same_start(reg_covar):
+    z = blobs()
+    start = kmeans_start(z, 5, seed=0, reg_covar=reg_covar)
+    fit = em(z, start, reg_covar, update_weights=True, tol=1e-6, max_iter=200)
+    weights = start.weights.double().numpy()
+    reference = GaussianMixture(5, covariance_type="spherical", reg_covar=reg_covar, tol=1e-6, max_iter=200,
+                                means_init=start.means.numpy(), weights_init=weights / weights.sum(),
+                                precisions_init=1 / start.variances.double().numpy()).fit(z.numpy())
+    assert fit.log_likelihoods[-1] == pytest.approx(reference.score(z.numpy()), abs=1e-3)
+
+
+@pytest.mark.parametrize("update_weights", [False, True])
+def test_em_never_loses_likelihood(update_weights):
+    z = blobs(K=8, seed=1)
+    start = kmeans_start(z, 6, seed=3, reg_covar=0.0)
+    start = Fit(start.means + 0.5, start.variances * 2, torch.full((6,), 1 / 6), [])
+    values = em(z, start, 0.0, update_weights, tol=1e-7, max_iter=100).log_likelihoods
+    assert len(values) > 5
+    assert min(np.diff(values)) > -1e-5
+
+
+def test_fit_gmm_has_uniform_weights_and_one_shared_variance():
+    z = blobs()
+    metric = PCAMetric.euclidean(10)
+    gmm, fit = fit_gmm(z, metric, 5, 1e-3, 0, lambda *_: None)
+    torch.testing.assert_close(gmm.alpha.exp(), torch.full((5,), 0.2))
+    torch.testing.assert_close(gmm.logvar.exp(), fit.variances.mean().expand(5))
+    assert not (fit.variances == fit.variances[0]).all()
+
+
+def tiny_ccu(two=True, classes=10, loglam=0.3):
+    torch.manual_seed(0)
+    gmm_in = random_gmm(784, 4, dtype=torch.float32)
+    gmm_out = GMM(torch.rand(3, 784), torch.zeros(3), torch.full((3,), 1 / 3).log(), gmm_in.metric)
+    if not two:     # a density that competes with p(x|o) = 1 at the means
+        loglam += gmm_in.log_prob(gmm_in.mu).mean().item()
+    return CCU(LeNet(classes=classes), gmm_in, gmm_out if two else None, loglam, classes)
+
+
+@pytest.mark.parametrize("two", [True, False])
+def test_ccu_is_the_mixture_of_the_paper(two):
+    """Section 2's quotient itself, in float64, where densities are moderate enough to exponentiate."""
+    model = tiny_ccu(two).double()
+    log_softmax = torch.randn(6, 10, dtype=torch.float64).log_softmax(1)
+    log_p_in, log_p_out = torch.randn(6, dtype=torch.float64) * 5, torch.randn(6, dtype=torch.float64) * 5
+    log_p_in += model.loglam
+    p_in, p_out, lam = log_p_in.exp()[:, None], log_p_out.exp()[:, None], model.loglam.exp()
+    expected = (log_softmax.exp() * p_in + lam / 10 * p_out) / (p_in + lam * p_out)
+    torch.testing.assert_close(model.posterior(log_softmax, log_p_in, log_p_out).exp(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("two", [True, False])
+def test_confidences_sum_to_one_and_attack_score_is_the_excess_confidence(two):
+    model = tiny_ccu(two).eval()
+    x = torch.rand(8, 1, 28, 28)
+    x = torch.cat((x, model.gmm_in.mu.detach().reshape(-1, 1, 28, 28)))       # far out and close in
+    log_p = model(x)
+    torch.testing.assert_close(log_p.exp().sum(1), torch.ones(12), atol=1e-5, rtol=0)
+    model64 = model.double()
+    excess = (model64.score(x.double()).exp() - 0.1)[8:]
+    torch.testing.assert_close(model64.attack_score(x.double())[8:].exp(), excess, rtol=1e-6, atol=1e-15)
+
+
+def test_far_field_is_uniform_where_the_classifier_is_certain():
+    model = tiny_ccu(loglam=0.0).eval()
+    with torch.no_grad():
+        model.base_model.fc2.weight.mul_(30)
+        model.gmm_out.logvar.copy_(model.gmm_in.logvar.max().add(np.log(4)).expand(3))
+        directions = torch.nn.functional.normalize(torch.randn(1000, 784), dim=1) * 10 * 784 ** 0.5
+        x = directions.reshape(-1, 1, 28, 28)
+        assert (model(x).exp() - 0.1).abs().max() < 1e-6
+        assert model.log_softmax(x).exp().amax(1).max() > 0.9

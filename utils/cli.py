@@ -1,0 +1,125 @@
+"""The command line: one parser for flags, one way to fail, one choice of device."""
+
+import argparse
+import re
+import sys
+import warnings
+
+import torch
+
+import params
+from utils.errors import UserError, check_name
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, exit code 2, and name the closest known value."""
+
+    def __init__(self, doc: str):
+        summary, _, details = doc.strip().partition("\n\n")
+        super().__init__(description=summary, epilog=details, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {' '.join(message.split())} (--help lists the options)\n")
+
+    def _check_value(self, action, value):
+        if action.choices is not None:
+            try:
+                check_name(str(value), map(str, action.choices), "value")
+            except UserError as error:
+                raise argparse.ArgumentError(action, str(error)) from None
+
+    def common(self) -> "Parser":
+        """Options that every script has."""
+        group = self.add_argument_group("common")
+        group.add_argument("--gpu", type=int, help="GPU to use; -1 = CPU (default: GPU 0 where there is one)")
+        group.add_argument("--seed", type=integer(0), default=0, help="of all random draws (0)")
+        group.add_argument("--data_dir", default="data", help="where the data sets are (data)")
+        group.add_argument("--download", type=flag, default=False, help="1 = fetch missing data sets that "
+                           "torchvision can fetch (0)")
+        group.add_argument("--debug", type=flag, default=False, help="1 = show the traceback of an error (0)")
+        return self
+
+    def dataset(self) -> "Parser":
+        self.add_argument("--dataset", required=True, choices=list(params.DATASETS), help="the in-distribution: "
+                          + ", ".join(params.DATASETS), metavar="D")
+        return self
+
+    def out_dataset(self) -> "Parser":
+        self.add_argument("--out_dataset", default="auto", metavar="D", help="out-distribution: TinyImages, "
+                          "RandomImages300k, Folder (photos in --out_dir), Photos (crops of a photograph that "
+                          "scikit-learn brings) or another data set (auto: the first of the two that is in "
+                          "--data_dir, else Photos)")
+        self.add_argument("--out_dir", help="folder of photos for --out_dataset Folder")
+        return self
+
+    def metric(self) -> "Parser":
+        self.add_argument("--PCA", type=flag, default=True, help="1 = metric from a PCA, 0 = Euclidean (1)")
+        self.add_argument("--metric", choices=("pca", "mahalanobis"), default="pca", help="with --PCA 1: divide "
+                          "by the root of the singular values, as the published code does, or whiten (pca)")
+        return self
+
+
+def flag(text: str) -> bool:
+    """0/1 and true/false; `bool` would read '0' as true."""
+    values = {"0": False, "false": False, "no": False, "1": True, "true": True, "yes": True}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither 0 nor 1")
+    return values[text.lower()]
+
+
+def name(text: str) -> str:
+    """argparse type: a name that is a file's too."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no name: letters, digits and _ . + - only")
+    return text
+
+
+def _number(kind, low, high, open_low):
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'an integer' if kind is int else 'a number'}") from None
+        if not (low < value if open_low else low <= value) or not value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {'above' if open_low else 'at least'}"
+                                             f" {low}" + (f" and at most {high}" if high < 2 ** 40 else ""))
+        return value
+    return parse
+
+
+def integer(low: int = 1, high: int = 2 ** 31 - 1):
+    """argparse type: an integer in [low, high]."""
+    return _number(int, low, high, open_low=False)
+
+
+def number(low: float = 0.0, high: float = 1e300, open_low: bool = False):
+    """argparse type: a finite number in [low, high], or ]low, high] with open_low."""
+    return _number(float, low, high, open_low)
+
+
+def device(gpu: int | None) -> torch.device:
+    """The device of --gpu: None = GPU 0 where there is one, -1 = CPU."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpu is None:
+        gpu = 0 if count else -1
+    if gpu == -1:
+        return torch.device("cpu")
+    if not 0 <= gpu < count:
+        raise UserError(f"--gpu {gpu}: this machine shows {count or 'no'} GPU{'s' * (count != 1)} to PyTorch; "
+                        f"{f'choose 0 to {count - 1}, or' if count else 'leave --gpu out, or'} -1 for the CPU")
+    return torch.device("cuda", gpu)
+
+
+def run(main, parser: Parser) -> None:
+    """Parse, call main(args), and turn what is the user's to mend into one line and exit code 2."""
+    args = parser.parse_args()
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    try:
+        main(args)
+    except UserError as error:
+        if args.debug:
+            raise
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"\n{parser.prog}: interrupted\n")

@@ -1,0 +1,60 @@
+"""Scores of a model over a data set, and what the tables make of them."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models import Detector
+from utils.data import ImageSet, batches
+
+
+@torch.no_grad()
+def evaluate(model: Detector, data: ImageSet, batch_size: int) -> tuple[Tensor, Tensor]:
+    """Log-confidences [N, M] and scores [N] of the images in order; higher scores = more in-distribution."""
+    model.eval()
+    own_score = type(model).score is not Detector.score
+    log_p, scores = [], []
+    for x, _ in batches(data, batch_size):
+        log_p.append(model(x))
+        scores.append(model.score(x) if own_score else log_p[-1].amax(1))
+    return torch.cat(log_p), torch.cat(scores)
+
+
+def test_error(log_p: Tensor, labels: Tensor) -> float:
+    """Percent of wrong predictions."""
+    return 100 * (log_p.argmax(1) != labels).double().mean().item()
+
+
+def mmc(scores: Tensor) -> float:
+    """Mean maximal confidence in percent, of scores that are log-confidences."""
+    return 100 * scores.double().exp().mean().item()
+
+
+def success_rate(attacked: Tensor, scores_in: Tensor) -> float:
+    """Percent of attacked points whose score is at least the in-distribution's median score."""
+    return 100 * (attacked >= scores_in.median()).double().mean().item()
+
+
+def auroc(scores_in: Tensor, scores_out: Tensor) -> float:
+    """Area under the ROC curve in percent; ties count half."""
+    from sklearn.metrics import roc_auc_score
+    return 100 * roc_auc_score(*_ood_positive(scores_in, scores_out))
+
+
+def average_precision(scores_in: Tensor, scores_out: Tensor) -> float:
+    """Average precision in percent, OOD positive (pytorch-ood's AUPR-OUT)."""
+    from sklearn.metrics import average_precision_score
+    return 100 * average_precision_score(*_ood_positive(scores_in, scores_out))
+
+
+def fpr95(scores_in: Tensor, scores_out: Tensor) -> float:
+    """Percent of in-images taken for OOD at the first threshold that catches 95 % of the OOD images."""
+    from sklearn.metrics import roc_curve
+    fpr, tpr, _ = roc_curve(*_ood_positive(scores_in, scores_out), drop_intermediate=False)
+    return 100 * fpr[np.argmax(tpr >= 0.95)]
+
+
+def _ood_positive(scores_in, scores_out):
+    """Labels (1 = OOD) and outlier scores (higher = more OOD) as scikit-learn takes them."""
+    outlier = -torch.cat((scores_in, scores_out)).double().cpu().numpy()
+    return np.repeat([0, 1], [len(scores_in), len(scores_out)]), outlier

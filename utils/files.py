@@ -1,0 +1,161 @@
+"""The one place that opens our own files: written whole or not at all, read without running code.
+
+A checkpoint holds tensors and plain values: {"format", "spec", "state", "meta"}.
+"""
+
+import json
+import os
+import pickle
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import models
+from utils.errors import UserError
+
+MODEL, MIXTURES = "CCU model, version 1", "CCU mixtures, version 1"
+# bytes; the largest of ours, a ResNet18 with two mixtures at 32x32x3, has 90 MB
+LARGEST = 4 * 2 ** 30
+
+
+def write(path: str | Path, writer: Callable) -> Path:
+    """Let writer(binary file) fill a temporary file beside `path`, then rename it: all or nothing."""
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = file.name
+            writer(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+        temporary = None
+    except (OSError, RuntimeError) as error:      # torch.save reports a full disk as a RuntimeError
+        raise UserError(f"can't write {path}: {_first_line(error)}") from error
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+    return path
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    return write(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path: str | Path, value) -> Path:
+    return write_text(path, json.dumps(value, indent=1, default=str) + "\n")
+
+
+def save(value, path: str | Path) -> Path:
+    """Tensors and plain values, for `load`."""
+    return write(path, lambda file: torch.save(value, file))
+
+
+def load(path: str | Path, format: str | None = None, mend: str = "make it anew") -> dict:
+    """What `save` wrote, with tensors on the CPU.  UserError where the file is missing, damaged, too large,
+    of another format, or holds anything but tensors and plain values."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no file {path}; {mend}")
+    if path.stat().st_size > LARGEST:
+        raise UserError(f"{path} is larger than any file of ours ({LARGEST >> 30} GiB)")
+    try:
+        value = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} is refused: it is damaged or holds more than tensors and plain values, so that "
+                        f"loading it could run code ({_first_line(error)[:80]})") from error
+    except Exception as error:      # a damaged zip raises whatever the reader meets first
+        raise UserError(f"{path} is damaged or no checkpoint ({_first_line(error)[:80]}); {mend}") from error
+    if format is not None and (not isinstance(value, dict) or value.get("format") != format):
+        raise UserError(f"{path} is not a file of the format '{format}'; {mend}")
+    return value
+
+
+def save_model(model: models.Detector, path: str | Path, meta: dict | None = None) -> Path:
+    """A checkpoint of `model` that `load_model` rebuilds; `meta` (plain values) says how it was made."""
+    meta = model.meta if meta is None else meta
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    return save({"format": MODEL, "spec": model.spec, "state": state, "meta": meta}, path)
+
+
+def load_model(path: str | Path, device: torch.device | str = "cpu") -> models.Detector:
+    """The model of a checkpoint, in evaluation mode; `model.meta` says how it was made."""
+    checkpoint = load(path, MODEL, "train it with run_training.py")
+    try:
+        with torch.device("meta"):      # shapes without memory: a hostile spec cannot claim any
+            model = models.build(checkpoint["spec"])
+        load_state(model, checkpoint["state"], assign=True)
+        model.meta = dict(checkpoint["meta"])
+    except Exception as error:
+        raise UserError(f"{path} does not hold a model of ours: {_first_line(error)[:200]}") from error
+    return model.to(device).eval()
+
+
+def load_state(model: torch.nn.Module, state: dict, assign: bool = False) -> None:
+    """load_state_dict that also insists on shapes, types and finite values."""
+    expected = model.state_dict()
+    if missing := [key for key in expected if key not in state]:
+        raise ValueError(f"missing key {missing[0]}" + f" and {len(missing) - 1} more" * (len(missing) > 1))
+    if extra := [key for key in state if key not in expected]:
+        raise ValueError(f"unexpected key {extra[0]}" + f" and {len(extra) - 1} more" * (len(extra) > 1))
+    for key, value in state.items():
+        if not isinstance(value, torch.Tensor) or value.shape != expected[key].shape:
+            raise ValueError(f"{key} must be a tensor of shape {list(expected[key].shape)}, got "
+                             f"{list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__}")
+        if value.dtype != expected[key].dtype:
+            raise ValueError(f"{key} must be {expected[key].dtype}, got {value.dtype}")
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"{key} has values that are not finite")
+    model.load_state_dict(state, assign=assign)
+
+
+def save_mixtures(gmm_in: models.GMM, gmm_out: models.GMM, path: str | Path, meta: dict) -> Path:
+    """Both mixtures and their metric."""
+    def tensors(gmm):
+        return {"mu": gmm.mu.detach().cpu(), "logvar": gmm.logvar.detach().cpu(), "alpha": gmm.alpha.cpu()}
+    metric = {key: value.cpu() for key, value in gmm_in.metric.state_dict().items()}
+    return save({"format": MIXTURES, "metric": metric, "in": tensors(gmm_in), "out": tensors(gmm_out),
+                 "meta": meta}, path)
+
+
+def load_mixtures(path: str | Path, mend: str) -> tuple[models.GMM, models.GMM, dict]:
+    """(gmm_in, gmm_out, meta) as `save_mixtures` wrote them, sharing one metric."""
+    saved = load(path, MIXTURES, mend)
+    try:
+        metric = models.PCAMetric(**saved["metric"])
+        gmms = [models.GMM(**saved[which], metric=metric) for which in ("in", "out")]
+        for gmm in gmms:
+            load_state(gmm, gmm.state_dict())       # finite, float32
+            if any(value.dtype != torch.float32 for value in gmm.state_dict().values()):
+                raise ValueError("mixtures must be float32")
+        if not (metric.singular_values > 0).all():
+            raise ValueError("singular values must be positive")
+        return *gmms, dict(saved["meta"])
+    except Exception as error:
+        raise UserError(f"{path} does not hold mixtures of ours: {_first_line(error)[:200]}; {mend}") from error
+
+
+def run_record(args, **more) -> dict:
+    """What a run needs to be repeated: command, resolved options, commit, versions, machine."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], text=True, capture_output=True,
+                            cwd=Path(__file__).parent.parent).stdout.strip() if _has_git() else ""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "options": vars(args),
+            "commit": commit or None, "time": time.strftime("%Y-%m-%d %H:%M:%S"), "python": platform.python_version(),
+            "torch": torch.__version__, "threads": torch.get_num_threads(), "gpu": gpu, **more}
+
+
+def _has_git() -> bool:
+    return (Path(__file__).parent.parent / ".git").exists()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

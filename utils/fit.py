@@ -1,0 +1,102 @@
+"""Fitting a mixture: EM from a k-means start in the metric's coordinates (DESIGN: Fit)."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models import GMM, PCAMetric
+from models.gmm import squared_distances
+
+BLOCK = 8192
+KMEANS_IMAGES = 20_000      # k-means is only a start: it sees at most this many images
+
+
+@dataclass
+class Fit:
+    """A spherical mixture in coordinates z, with the mean log-likelihood before every EM step and at the end."""
+
+    means: Tensor               # [K, D]
+    variances: Tensor           # [K]
+    weights: Tensor             # [K]
+    log_likelihoods: list[float]
+
+
+def kmeans_start(z: Tensor, K: int, seed: int, reg_covar: float) -> Fit:
+    """One M-step from the hard assignments of scikit-learn's k-means on a sample of z [n, D]."""
+    from sklearn.cluster import KMeans
+    generator = torch.Generator().manual_seed(seed)
+    sample = z[torch.randperm(len(z), generator=generator)[:KMEANS_IMAGES].to(z.device)]
+    kmeans = KMeans(K, n_init=1, max_iter=20, tol=1e-3, random_state=seed).fit(sample.cpu().numpy())
+    centres = torch.as_tensor(kmeans.cluster_centers_, dtype=z.dtype, device=z.device)
+
+    def hard(d2):
+        return F.one_hot(d2.argmin(1), K).to(z.dtype), d2.new_zeros(len(d2))
+    means, variances, weights, _ = _m_step(z, centres, hard, reg_covar)
+    return Fit(means, variances, weights, [])
+
+
+def em(z: Tensor, start: Fit, reg_covar: float, update_weights: bool = False, tol: float = 1e-3,
+       max_iter: int = 100, progress: Callable = lambda iteration, log_likelihood: None) -> Fit:
+    """EM for spherical components on z [n, D], until the mean log-likelihood gains less than tol.
+
+    update_weights=False keeps the start's weights, as CCU does with 1/K.  progress(iteration, mean
+    log-likelihood of z) is called at every step.
+    """
+    fit = Fit(start.means, start.variances, start.weights, [])
+    D = z.shape[1]
+    for iteration in range(max_iter + 1):
+        log_norm = fit.weights.log() - D / 2 * (2 * math.pi * fit.variances).log()
+
+        def e_step(d2, fit=fit, log_norm=log_norm):
+            log_joint = log_norm - d2 / (2 * fit.variances)                     # [b, K]
+            log_prob = log_joint.logsumexp(1)
+            return (log_joint - log_prob[:, None]).exp(), log_prob
+        means, variances, weights, log_likelihood = _m_step(z, fit.means, e_step, reg_covar)
+        progress(iteration, log_likelihood)
+        fit.log_likelihoods.append(log_likelihood)
+        gain = log_likelihood - fit.log_likelihoods[-2] if iteration else math.inf
+        if abs(gain) < tol or iteration == max_iter:
+            return fit
+        fit = Fit(means, variances, weights if update_weights else fit.weights, fit.log_likelihoods)
+
+
+def _m_step(z: Tensor, old_means: Tensor, e_step: Callable, reg_covar: float) -> tuple[Tensor, Tensor, Tensor, float]:
+    """New means, variances and weights, and the mean of the log-densities that e_step gives.
+
+    e_step maps squared distances to the old means [b, K] to responsibilities [b, K] and log-densities [b].
+    Variances come from these distances, var = E d(z, old)^2 - |new - old|^2: E|z|^2 - |mean|^2 would cancel.
+    """
+    n, D = z.shape
+    K = len(old_means)
+    counts = torch.zeros(K, dtype=torch.float64, device=z.device)
+    sums = torch.zeros(K, D, dtype=torch.float64, device=z.device)
+    spread = torch.zeros_like(counts)
+    log_likelihood = torch.zeros((), dtype=torch.float64, device=z.device)
+    for block in z.split(BLOCK):
+        d2 = squared_distances(block, old_means)
+        r, log_prob = e_step(d2)                                                # [b, K], [b]
+        counts += r.sum(0, dtype=torch.float64)
+        sums += r.T @ block
+        spread += (r * d2).sum(0, dtype=torch.float64)
+        log_likelihood += log_prob.sum(dtype=torch.float64)
+    counts = counts + 1e-10         # an empty component keeps a finite mean
+    means = sums / counts[:, None]
+    shift = (means - old_means.double()).square().sum(1)
+    variances = (spread / counts - shift).clamp_min(0) / D + reg_covar
+    return means.to(z.dtype), variances.to(z.dtype), (counts / n).to(z.dtype), log_likelihood.item() / n
+
+
+def fit_gmm(z: Tensor, metric: PCAMetric, K: int, reg_covar: float, seed: int, progress: Callable) -> tuple[GMM, Fit]:
+    """A mixture as CCU starts from it: weights 1/K, all variances the mean of the fitted ones.
+
+    z [n, D] are the images in `metric`'s coordinates.
+    """
+    start = kmeans_start(z, K, seed, reg_covar)
+    uniform = torch.full((K,), 1 / K, dtype=z.dtype, device=z.device)
+    fit = em(z, Fit(start.means, start.variances, uniform, []), reg_covar, progress=progress)
+    shared = fit.variances.mean().log().expand(K).clone()
+    return GMM(metric.inverse(fit.means), shared, uniform.log(), metric), fit

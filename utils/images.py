@@ -1,0 +1,140 @@
+"""Image files and photographs: decoded once, resized in one way, kept as uint8 [C, H, W].
+
+Resizing is bilinear with antialias everywhere (Pillow's BILINEAR); grey is Pillow's "L"
+(0.299 R + 0.587 G + 0.114 B).
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+
+from utils.errors import UserError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif")
+GREY_MODES = ("1", "L", "LA", "I;16")
+
+
+def list_images(path: str | Path) -> list[Path]:
+    """All image files below a folder, sorted; UserError if there are none."""
+    tree = os.walk(path, followlinks=True)
+    files = sorted(Path(folder, name) for folder, _, names in tree for name in names
+                   if name.lower().endswith(EXTENSIONS) and not name.startswith("."))
+    if not files:
+        raise UserError(f"no images in {path}: it must be a folder of {' '.join(EXTENSIONS)} files")
+    return files
+
+
+def read_images(paths: Sequence[Path], channels: int, size: int, crops: Sequence[np.ndarray] | None = None,
+                what: str = "") -> tuple[torch.Tensor, torch.Tensor]:
+    """Decode files of any size and mode, each once: (uint8 [n, channels, size, size], which could be read).
+
+    Without `crops`, one image a file: its shorter side is resized to `size` and the centre is cut out;
+    crops[i] [k, 3] takes k random crops of file i (see `random_crops`).  Files that cannot be read are left
+    out, counted and named on one line of stderr; the second value, bool, one an image asked for, is False for
+    them.  UserError if none can be read.
+    """
+    from tqdm import tqdm
+
+    crops = [None] * len(paths) if crops is None else crops
+    counts = [1 if crop is None else len(crop) for crop in crops]
+    ends = np.cumsum(counts)
+    starts = ends - counts
+    out = np.empty((ends[-1], channels, size, size), np.uint8)
+    bad: list[int] = []
+
+    def read(i: int) -> None:
+        try:
+            with Image.open(paths[i]) as image:
+                if crops[i] is not None:   # a big JPEG may be decoded at a fraction of its size
+                    image.draft(None, (8 * size, 8 * size))
+                image = _decode(image, channels)
+            made = _centre(image, size) if crops[i] is None else random_crops(image, crops[i], size)
+            out[starts[i]:ends[i]] = made
+        except Exception:   # decoders raise a dozen kinds of errors on damaged files
+            bad.append(i)
+
+    # decoding big images runs beside Python, small ones only get into each other's way
+    big = np.mean([path.stat().st_size for path in paths[::max(1, len(paths) // 100)]]) > 2**15
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1) if big else 1) as pool:
+        done = pool.map(read, range(len(paths))) if big else map(read, range(len(paths)))
+        for _ in tqdm(done, total=len(paths), desc=what, unit="image", disable=None):
+            pass
+    kept = np.ones(len(out), bool)
+    if bad:
+        names = ", ".join(str(paths[i]) for i in sorted(bad)[:5]) + (", ..." if len(bad) > 5 else "")
+        if len(bad) == len(paths):
+            raise UserError(f"none of the {len(paths)} images of {what} can be read: {names}")
+        print(f"warning: {len(bad)} of {len(paths)} images cannot be read and are left out: {names}",
+              file=sys.stderr)
+        for i in bad:
+            kept[starts[i]:ends[i]] = False
+    return torch.from_numpy(out[kept] if bad else out), torch.from_numpy(kept)
+
+
+def random_crops(image: Image.Image, where: np.ndarray, size: int) -> torch.Tensor:
+    """Square crops at random places and scales, resized: uint8 [k, C, size, size].
+
+    `where` [k, 3] is uniform in [0, 1).  The side is log-uniform between `size` and the image's shorter side,
+    so that an image of about the target size is used nearly whole; then left and top.
+    """
+    width, height = image.size
+    short = min(width, height)
+    side = short * (min(size, short) / short) ** where[:, 0]
+    left, top = (width - side) * where[:, 1], (height - side) * where[:, 2]
+    boxes = np.stack([left, top, left + side, top + side], 1).clip(0, [width, height] * 2)
+    return torch.from_numpy(np.stack([resize(image, size, tuple(box), gap=2.0) for box in boxes]))
+
+
+def shape_like(images: torch.Tensor, channels: int, size: int) -> torch.Tensor:
+    """uint8 [N, C, H, W] -> [N, channels, size, size]: to grey or grey in all channels, and resized."""
+    out = []
+    for x in images.split(4096):   # bounds the memory
+        if x.shape[1] == 3 and channels == 1:
+            r, g, b = x.int().unbind(1)
+            x = ((19595 * r + 38470 * g + 7471 * b + 2**15) >> 16).to(torch.uint8)[:, None]   # as Pillow
+        if x.shape[2:] != (size, size):
+            x = F.interpolate(x, size=(size, size), mode="bilinear", antialias=True)
+        out.append(x.expand(-1, channels, -1, -1))
+    return torch.cat(out) if out else images.new_empty(0, channels, size, size)
+
+
+def sample_photo(name: str, channels: int) -> Image.Image:
+    """One of scikit-learn's two photographs, 640 x 427, in grey or colour."""
+    from sklearn.datasets import load_sample_image
+
+    return _decode(Image.fromarray(load_sample_image(name)), channels)
+
+
+def _decode(image: Image.Image, channels: int) -> Image.Image:
+    """Upright, 8 bits, grey ("L") or colour ("RGB")."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):   # Pillow would cut 16 bits off at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+def _centre(image: Image.Image, size: int) -> np.ndarray:
+    side = min(image.size)
+    left, top = ((length - side) / 2 for length in image.size)
+    return resize(image, size, (left, top, left + side, top + side))[None]
+
+
+def resize(image: Image.Image, size: int, box: tuple[float, ...], gap: float | None = None) -> np.ndarray:
+    """The box of the image, uint8 [C, size, size]."""
+    pixels = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box, reducing_gap=gap))
+    return pixels.reshape(size, size, -1).transpose(2, 0, 1)
+
+
+def is_grey(path: Path) -> bool:
+    try:
+        with Image.open(path) as image:
+            return image.mode in GREY_MODES
+    except Exception:   # named when it is read
+        return True
