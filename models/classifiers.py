@@ -1,8 +1,12 @@
 """The classifiers: images [B, C, H, W] in [0, 1] -> logits [B, M].
 
-Layer names are those of the authors' weights.  `features` is the penultimate layer, which Maha uses.
+Layer names are those of the authors' weights, and of the repositories that other weights come from.  `features` is
+the penultimate layer, which Maha uses.
 """
 
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -25,13 +29,49 @@ class LeNet(Classifier):
         self.fc1 = nn.Linear(64 * (size // 4) ** 2, 1024)
         self.fc2 = nn.Linear(1024, classes)
 
-    def features(self, x: Tensor) -> Tensor:
+    def convolutions(self, x: Tensor) -> Tensor:
         x = F.max_pool2d(F.relu(self.conv1(x)), 2)
         x = F.max_pool2d(F.relu(self.conv2(x)), 2)
-        return F.relu(self.fc1(x.flatten(1)))                           # [B, 1024]
+        return x.flatten(1)                                             # [B, 3136]
+
+    def features(self, x: Tensor) -> Tensor:
+        return F.relu(self.fc1(self.convolutions(x)))                   # [B, 1024]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.features(x))
+
+
+class Dropout(nn.Module):
+    """Dropout of vectors [..., F]: each entry is 0 with probability p, else divided by 1 - p.
+
+    At test time it does nothing, unless `masks` [S, F] are fixed (MCD): then x [B, F] or [S, B, F] becomes
+    [S, B, F], pass s under mask s.  The linear layers that follow take all passes at once.
+    """
+
+    def __init__(self, features: int, p: float = 0.5):
+        super().__init__()
+        self.features, self.p = features, p
+        self.register_buffer("masks", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return F.dropout(x, self.p)
+        return x if self.masks is None else x * self.masks[:, None]
+
+
+class LeNetDropout(LeNet):
+    """LeNet with dropout before both fully connected layers (Gal & Ghahramani 2016)."""
+
+    def __init__(self, channels: int = 1, size: int = 28, classes: int = 10):
+        super().__init__(channels, size, classes)
+        self.dropout1 = Dropout(self.fc1.in_features)
+        self.dropout2 = Dropout(self.fc2.in_features)
+
+    def features(self, x: Tensor) -> Tensor:
+        return F.relu(self.fc1(self.dropout1(self.convolutions(x))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.dropout2(self.features(x)))
 
 
 class BasicBlock(nn.Module):
@@ -72,4 +112,103 @@ class ResNet18(Classifier):
         return self.linear(self.features(x))
 
 
-CLASSIFIERS = {cls.__name__: cls for cls in (LeNet, ResNet18)}
+class VGG13(Classifier):
+    """Simonyan & Zisserman 2015, in the CIFAR style: 10 convolutions with batch norm, dropout, one linear layer.
+
+    The fifth max-pool takes all that is left (2x2 both from 32x32 and, pooling with rounding up, from 28x28).
+    """
+
+    def __init__(self, channels: int = 3, size: int = 32, classes: int = 10):
+        super().__init__(channels, size, classes)
+        layers: list[nn.Module] = []
+        for planes in (64, 128, 256, 512, 512):
+            for _ in range(2):
+                layers += [nn.Conv2d(channels, planes, 3, padding=1), nn.BatchNorm2d(planes), nn.ReLU()]
+                channels = planes
+            layers.append(nn.MaxPool2d(2, ceil_mode=True))
+        layers[-1] = nn.AdaptiveMaxPool2d(1)
+        self.features = nn.Sequential(*layers, nn.Flatten())            # -> [B, 512]
+        self.dropout = Dropout(512)
+        self.classifier = nn.Linear(512, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.dropout(self.features(x)))
+
+
+class WideBlock(nn.Module):
+    """Batch norm and ReLU before each convolution; where the shape changes, before the shortcut too."""
+
+    def __init__(self, in_planes: int, planes: int, stride: int):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_planes)
+        self.conv1 = nn.Conv2d(in_planes, planes, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.convShortcut = nn.Conv2d(in_planes, planes, 1, stride, bias=False) if in_planes != planes else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = F.relu(self.bn1(x))
+        out = self.conv2(F.relu(self.bn2(self.conv1(active))))
+        return out + (x if self.convShortcut is None else self.convShortcut(active))
+
+
+class WideStage(nn.Module):
+    def __init__(self, blocks: int, in_planes: int, planes: int, stride: int):
+        super().__init__()
+        self.layer = nn.Sequential(*(WideBlock(planes if i else in_planes, planes, 1 if i else stride)
+                                     for i in range(blocks)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+class WideResNet(Classifier):
+    """Zagoruyko & Komodakis 2016, depth 40, width 2: the network of the outlier exposure repository."""
+
+    def __init__(self, channels: int = 3, size: int = 32, classes: int = 10):
+        super().__init__(channels, size, classes)
+        blocks, widths = 6, (32, 64, 128)               # (40 - 4) / 6; 2 x (16, 32, 64)
+        self.conv1 = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
+        self.block1 = WideStage(blocks, 16, widths[0], 1)
+        self.block2 = WideStage(blocks, widths[0], widths[1], 2)
+        self.block3 = WideStage(blocks, widths[1], widths[2], 2)
+        self.bn1 = nn.BatchNorm2d(widths[2])
+        self.fc = nn.Linear(widths[2], classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        x = self.block3(self.block2(self.block1(self.conv1(x))))
+        return F.relu(self.bn1(x)).mean((2, 3))                         # [B, 128]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.features(x))
+
+
+class Normalised(nn.Module):
+    """A classifier that was trained on (x - mean) / std, per channel; takes x in [0, 1] like the others."""
+
+    def __init__(self, classifier: Classifier, mean: Sequence[float] | None = None,
+                 std: Sequence[float] | None = None):
+        super().__init__()
+        channels = classifier.spec["channels"]
+        self.spec = {**classifier.spec, "normalised": True}
+        self.classifier = classifier
+        self.register_buffer("mean", torch.tensor([0.0] * channels if mean is None else mean))
+        self.register_buffer("std", torch.tensor([1.0] * channels if std is None else std))
+
+    def normalise(self, x: Tensor) -> Tensor:
+        return (x - self.mean[:, None, None]) / self.std[:, None, None]
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.classifier.features(self.normalise(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.normalise(x))
+
+
+CLASSIFIERS = {cls.__name__: cls for cls in (LeNet, LeNetDropout, ResNet18, VGG13, WideResNet)}
+
+
+def build_classifier(arch: str, channels: int, size: int, classes: int, normalised: bool = False) -> nn.Module:
+    """A freshly initialised classifier from its spec."""
+    classifier = CLASSIFIERS[arch](channels, size, classes)
+    return Normalised(classifier) if normalised else classifier

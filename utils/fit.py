@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models import GMM, PCAMetric
-from models.gmm import squared_distances
 
 BLOCK = 8192
 KMEANS_IMAGES = 20_000      # k-means is only a start: it sees at most this many images
@@ -32,40 +31,44 @@ def kmeans_start(z: Tensor, K: int, seed: int, reg_covar: float) -> Fit:
     sample = z[torch.randperm(len(z), generator=generator)[:KMEANS_IMAGES].to(z.device)]
     kmeans = KMeans(K, n_init=1, max_iter=20, tol=1e-3, random_state=seed).fit(sample.cpu().numpy())
     centres = torch.as_tensor(kmeans.cluster_centers_, dtype=z.dtype, device=z.device)
+    origin = z.mean(0)
 
     def hard(d2):
         return F.one_hot(d2.argmin(1), K).to(z.dtype), d2.new_zeros(len(d2))
-    means, variances, weights, _ = _m_step(z, centres, hard, reg_covar)
-    return Fit(means, variances, weights, [])
+    means, variances, weights, _ = _m_step(z - origin, centres - origin, hard, reg_covar)
+    return Fit(means + origin, variances, weights, [])
 
 
-def em(z: Tensor, start: Fit, reg_covar: float, update_weights: bool = False, tol: float = 1e-3,
-       max_iter: int = 100, progress: Callable = lambda iteration, log_likelihood: None) -> Fit:
+def em(z: Tensor, start: Fit, reg_covar: float, update_weights: bool = False, tol: float = 1e-2,
+       max_iter: int = 100,
+       progress: Callable = lambda iteration, log_likelihood: None) -> Fit:
     """EM for spherical components on z [n, D], until the mean log-likelihood gains less than tol.
 
     update_weights=False keeps the start's weights, as CCU does with 1/K.  progress(iteration, mean
     log-likelihood of z) is called at every step.
     """
-    fit = Fit(start.means, start.variances, start.weights, [])
     D = z.shape[1]
+    origin = z.mean(0)      # distances from one matrix product would cancel far from the origin
+    z, means, variances, weights = z - origin, start.means - origin, start.variances, start.weights
+    log_likelihoods: list[float] = []
     for iteration in range(max_iter + 1):
-        log_norm = fit.weights.log() - D / 2 * (2 * math.pi * fit.variances).log()
+        log_norm = weights.log() - D / 2 * (2 * math.pi * variances).log()
 
-        def e_step(d2, fit=fit, log_norm=log_norm):
-            log_joint = log_norm - d2 / (2 * fit.variances)                     # [b, K]
+        def e_step(d2, log_norm=log_norm, variances=variances):
+            log_joint = log_norm - d2 / (2 * variances)                         # [b, K]
             log_prob = log_joint.logsumexp(1)
-            return (log_joint - log_prob[:, None]).exp(), log_prob
-        means, variances, weights, log_likelihood = _m_step(z, fit.means, e_step, reg_covar)
+            return (log_joint - log_prob[:, None]).exp_(), log_prob
+        *new, log_likelihood = _m_step(z, means, e_step, reg_covar)
         progress(iteration, log_likelihood)
-        fit.log_likelihoods.append(log_likelihood)
-        gain = log_likelihood - fit.log_likelihoods[-2] if iteration else math.inf
-        if abs(gain) < tol or iteration == max_iter:
-            return fit
-        fit = Fit(means, variances, weights if update_weights else fit.weights, fit.log_likelihoods)
+        log_likelihoods.append(log_likelihood)
+        if iteration == max_iter or (iteration and log_likelihood - log_likelihoods[-2] < tol):
+            return Fit(means + origin, variances, weights, log_likelihoods)
+        means, variances = new[:2]
+        weights = new[2] if update_weights else weights
 
 
 def _m_step(z: Tensor, old_means: Tensor, e_step: Callable, reg_covar: float) -> tuple[Tensor, Tensor, Tensor, float]:
-    """New means, variances and weights, and the mean of the log-densities that e_step gives.
+    """New means, variances and weights, and the mean of the log-densities that e_step gives; z is centred.
 
     e_step maps squared distances to the old means [b, K] to responsibilities [b, K] and log-densities [b].
     Variances come from these distances, var = E d(z, old)^2 - |new - old|^2: E|z|^2 - |mean|^2 would cancel.
@@ -76,8 +79,9 @@ def _m_step(z: Tensor, old_means: Tensor, e_step: Callable, reg_covar: float) ->
     sums = torch.zeros(K, D, dtype=torch.float64, device=z.device)
     spread = torch.zeros_like(counts)
     log_likelihood = torch.zeros((), dtype=torch.float64, device=z.device)
+    old2 = old_means.square().sum(1)
     for block in z.split(BLOCK):
-        d2 = squared_distances(block, old_means)
+        d2 = torch.addmm(old2, block, old_means.T, alpha=-2).add_(block.square().sum(1, keepdim=True)).clamp_min_(0)
         r, log_prob = e_step(d2)                                                # [b, K], [b]
         counts += r.sum(0, dtype=torch.float64)
         sums += r.T @ block

@@ -1,0 +1,40 @@
+"""Shared by the tests: a small Digits run, made once by the scripts themselves."""
+
+import importlib
+import os
+import sys
+
+import pytest
+
+COMMANDS = [
+    "gen_gmm.py --dataset Digits --PCA 1 --augm_flag 1 --n 10 --data_used 600",
+    "run_training.py --dataset Digits --train_type plain --augm_flag 1 --epochs 3",
+    "run_training.py --dataset Digits --train_type CEDA_GMM --augm_flag 1 --use_gmm 1 --PCA 1 --fit_out 1 --n 10 "
+    "--epochs 3",
+]
+
+
+def run_script(command: str):
+    """Run `script.py --options` in this process, as the shell would."""
+    name, *options = command.split()
+    script = importlib.import_module(name.removesuffix(".py"))
+    saved, sys.argv = sys.argv, [name, *options]
+    try:
+        from utils import cli
+        return cli.run(script.main, script.parser())
+    finally:
+        sys.argv = saved
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory):
+    """A folder with the mixtures, Base and CCU of a short run; tests read it and write elsewhere."""
+    folder = tmp_path_factory.mktemp("digits")
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        for command in COMMANDS:
+            run_script(command)
+    finally:
+        os.chdir(before)
+    return folder

@@ -1,0 +1,196 @@
+"""The commands: what they write, what they print, and how they refuse."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+
+from conftest import run_script
+from utils import files, load_model
+from utils.data import load_in_dist, load_ood
+
+REPOSITORY = Path(__file__).parent.parent
+SCRIPTS = ["gen_gmm.py", "run_training.py", "gen_eval.py", "gen_attack_stats.py", "load_pretrained.py"]
+
+
+@pytest.fixture
+def work(digits_run, tmp_path, monkeypatch):
+    """A copy of the small Digits run to work in."""
+    shutil.copytree(digits_run / "checkpoints", tmp_path / "checkpoints")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def everything(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(command, capsys, *words):
+    """The command prints one line with `words` to stderr, exits with 2 and writes nothing."""
+    before = everything(Path.cwd())
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run_script(command)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2, error
+    assert error.count("\n") == 1, error
+    assert all(word in error for word in words), error
+    assert everything(Path.cwd()) == before
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_answers_without_data_or_gpu(script, tmp_path):
+    done = subprocess.run([sys.executable, REPOSITORY / script, "--help"], cwd=tmp_path, text=True,
+                          capture_output=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0 and f"python {script} --data" in done.stdout and not list(tmp_path.iterdir())
+
+
+def test_gen_eval_writes_table_2(work, capsys):
+    run_script("gen_eval.py --dataset Digits --drop_mmc 1 --output results/t2")
+    printed = capsys.readouterr()
+    table = pd.read_csv("results/t2.csv", index_col=0)
+    assert list(table.columns) == ["Base", "CCU"] and list(table.index) == ["Patches", "Noise", "Uniform"]
+    test = load_in_dist("Digits", "test", "data")
+    model = load_model("checkpoints/Digits/Base.pt")
+    ood = load_ood("Patches", test, "data", seed=0)
+    with torch.no_grad():
+        inside, outside = model.score(test.floats()), model.score(ood.floats())
+    expected = roc_auc_score([1] * len(inside) + [0] * len(outside), torch.cat((inside, outside)))
+    assert table.loc["Patches", "Base"] == pytest.approx(100 * expected, abs=1e-3)
+    latex = Path("results/t2.txt").read_text()
+    assert "\\begin{tabular}" in latex and "% command: python gen_eval.py" in latex and "Photos" in latex
+    for path in ("results/t2.csv", "results/t2.txt", "results/t2_fpr95.csv", "results/backup/t2.pt"):
+        assert f"wrote {path}" in printed.out and Path(path).exists()
+    assert "FMNIST" in printed.err and "dataset-fashion-mnist" in printed.err       # a set that is not there
+    assert "run_training.py --dataset Digits --train_type OE" in printed.err        # a model that is not there
+
+
+def test_gen_eval_with_mmc_and_average_precision(work):
+    run_script("gen_eval.py --dataset Digits --aupr 1 --models CCU --output t")
+    table = pd.read_csv("t.csv", header=[0, 1], index_col=0)
+    assert list(table.columns) == [("CCU", "MMC"), ("CCU", "AP")]
+    assert list(table.index) == ["orig", "Patches", "Noise", "Uniform"]
+    assert table.loc["orig", ("CCU", "MMC")] > 50 and table.loc["Uniform", ("CCU", "MMC")] == pytest.approx(10, abs=0.5)
+
+
+def test_gen_attack_stats_writes_table_1_and_its_backup(work, capsys):
+    command = ("gen_attack_stats.py --datasets Digits --wide_format 1 --fit_out 1 --steps 3 --restarts 2 --batches 2 "
+               "--batch_size 5 --output results/t1")
+    run_script(command)
+    table = pd.read_csv("results/t1.csv", index_col=[0, 1])
+    assert list(table.columns) == ["Base", "CCU"]
+    assert list(table.index) == [("Digits", row) for row in ("TE", "MMC", "SR", "AUC")]
+    assert table.loc[("Digits", "MMC"), "CCU"] <= 11 and table.loc[("Digits", "SR"), "CCU"] == 0
+    backup = files.load("results/backup/t1_Digits.pt", "CCU attack, version 1")
+    ccu, radii = load_model("checkpoints/Digits/CCU.pt"), backup["radii"]
+    metric = ccu.double().gmm_in.metric
+    assert backup["seeds"].shape == (10, 1, 28, 28) and (radii > 0).all()
+    for label, attacked in backup["models"].items():
+        x = attacked["samples"].double()
+        distance = (metric.transform(x) - metric.transform(backup["seeds"].double())).norm(dim=1)
+        assert (distance <= radii * (1 + 1e-6)).all() and x.min() >= 0 and x.max() <= 1
+        assert (attacked["score"] >= attacked["seed_score"] - 1e-5).all()
+        model = load_model(f"checkpoints/Digits/{label}.pt")
+        torch.testing.assert_close(model.score(attacked["samples"]).detach(), attacked["score"], atol=1e-5, rtol=0)
+        assert table.loc[("Digits", "SR"), label] == pytest.approx(
+            100 * (attacked["score"] >= backup["scores_in"][label].median()).float().mean().item())
+    assert not [name for name in everything(work) if ".attack_" in name]
+    run_script(command.replace("t1", "again"))
+    assert Path("results/again.csv").read_bytes() == Path("results/t1.csv").read_bytes()
+    run_script(command.replace("t1", "loaded") + " --load_seeds results/backup/t1_Digits.pt")
+    assert Path("results/loaded.csv").read_bytes() == Path("results/t1.csv").read_bytes()
+
+
+@pytest.mark.parametrize("options, index, columns", [
+    ("--wide_format 1 --drop_mmc 1", [("Digits", "TE"), ("Digits", "SR"), ("Digits", "AUC")], ["Base", "CCU"]),
+    ("--vertical 1", [("Digits", "Base"), ("Digits", "CCU")], ["TE", "MMC", "SR", "AUC"]),
+])
+def test_table_1_layouts(work, options, index, columns):
+    run_script(f"gen_attack_stats.py --datasets Digits --fit_out 1 --steps 1 --restarts 1 --batches 1 --batch_size 3 "
+               f"--output t {options}")
+    table = pd.read_csv("t.csv", index_col=[0, 1])
+    assert list(table.index) == index and list(table.columns) == columns
+
+
+def test_a_killed_attack_goes_on_where_it_was(work, monkeypatch):
+    import gen_attack_stats
+    command = ("gen_attack_stats.py --datasets Digits --fit_out 1 --steps 3 --restarts 2 --batches 2 --batch_size 4 "
+               "--vertical 1 --output ")
+    run_script(command + "whole")
+    attack, calls = gen_attack_stats.attack, []
+
+    def dying(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return attack(*args, **kwargs)
+    monkeypatch.setattr(gen_attack_stats, "attack", dying)
+    with pytest.raises(SystemExit) as stop:
+        run_script(command + "killed")
+    assert stop.value.code == 130 and not Path("killed.csv").exists()
+    run_script(command + "killed --resume 1")
+    assert len(calls) == 5      # two done, one killed, two left
+    assert Path("killed.csv").read_bytes() == Path("whole.csv").read_bytes()
+
+
+@pytest.mark.parametrize("command, words", [
+    ("run_training.py --dataset MNITS --train_type plain", ["MNITS", "did you mean MNIST"]),
+    ("run_training.py --dataset Digits --train_type plane", ["plane", "plain"]),
+    ("run_training.py --dataset Digits --train_type plain --epochs 0", ["--epochs", "at least 1"]),
+    ("run_training.py --dataset Digits --train_type plain --augm_flag maybe", ["maybe", "neither 0 nor 1"]),
+    ("run_training.py --dataset Digits --train_type plain --gpu 77", ["--gpu 77", "-1 for the CPU"]),
+    ("run_training.py --dataset Digits --train_type plain --fit_out 1", ["--fit_out"]),
+    ("run_training.py --dataset Digits --train_type plain --use_gmm 1", ["--use_gmm"]),
+    ("run_training.py --dataset Digits --train_type CEDA_GMM --n 33", ["gen_gmm.py", "--n 33"]),
+    ("run_training.py --dataset Digits --train_type CEDA_GMM --PCA 0 --n 10", ["gen_gmm.py", "--PCA 0"]),
+    ("run_training.py --dataset Digits --train_type CEDA --out_dataset Folder", ["--out_dir"]),
+    ("run_training.py --dataset Digits --train_type plain --label ../x", ["--label"]),
+    ("run_training.py --dataset MNIST --train_type plain", ["MNIST", "--download 1"]),
+    ("gen_gmm.py --dataset Digits --n 5000", ["--n 5000", "1437"]),
+    ("gen_gmm.py --dataset Digits --data_used 99999", ["--data_used", "1437"]),
+    ("gen_gmm.py --dataset Digits --out_dataset Fotos", ["Fotos", "Photos"]),
+    ("gen_eval.py --dataset MNIST", ["run_training.py --dataset MNIST --train_type plain"]),
+    ("gen_eval.py --dataset Digits --models OE", ["OE", "--train_type OE"]),
+    ("gen_eval.py --dataset Digits --models CUC", ["did you mean CCU"]),
+    ("gen_eval.py --dataset Digits --ood nonsense", ["NAME=FOLDER"]),
+    ("gen_attack_stats.py --datasets Digits", ["CCUs", "--train_type CEDA_GMM"]),
+    ("gen_attack_stats.py --datasets Digits --fit_out 1 --alpha 0", ["--alpha"]),
+    ("gen_attack_stats.py --datasets Digits --fit_out 1 --load_seeds none.pt", ["none.pt"]),
+    ("load_pretrained.py --dataset MNIST --pretrained none.pt", ["none.pt"]),
+    ("load_pretrained.py --dataset MNIST --pretrained checkpoints/Digits/Base.pt", ["Base.pt"]),
+])
+def test_what_the_user_can_mend_is_one_line(work, capsys, command, words):
+    refused(command, capsys, *words)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "text", "empty"])
+def test_damaged_files_are_refused(work, capsys, damage):
+    for name, command in (("Base.pt", "gen_eval.py --dataset Digits --models Base"),
+                          ("gmm/pca_n10_Photos.pt", "run_training.py --dataset Digits --train_type CEDA_GMM --n 10 "
+                                                    "--fit_out 1")):
+        path = work / "checkpoints/Digits" / name
+        content = path.read_bytes()
+        path.write_bytes({"cut": content[:len(content) // 2], "flip": content[:900] + b"\xff" * 300 + content[1200:],
+                          "text": b"hello", "empty": b""}[damage])
+        refused(command, capsys, name.split("/")[-1])
+
+
+def test_mixtures_of_another_kind_are_refused(work, capsys):
+    path = "checkpoints/Digits/gmm/pca_n10_Photos.pt"
+    refused(f"run_training.py --dataset Digits --train_type CEDA_GMM --n 12 --gmm_path {path}", capsys, "n 10, not 12")
+    refused(f"run_training.py --dataset Digits --train_type CEDA_GMM --n 10 --PCA 0 --gmm_path {path}", capsys,
+            "metric pca, not euclidean")
+
+
+def test_an_unwritable_results_folder_is_one_line(work, capsys):
+    Path("blocked").write_text("a file where a folder should be")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run_script("gen_eval.py --dataset Digits --models Base --output blocked/t")
+    assert stop.value.code == 2 and "blocked" in capsys.readouterr().err

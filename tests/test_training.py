@@ -1,0 +1,106 @@
+"""The training loop: schedules, the variance constraint, and runs that are interrupted or go wrong."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import utils.training as training
+from conftest import run_script
+from models import CCU
+from utils import load_model
+from utils.objectives import CEDA_GMM, OE
+
+
+class Killed(Exception):
+    pass
+
+
+def die_after(monkeypatch, epochs):
+    """Make the loop die right after it has saved its state `epochs` times."""
+    save, count = training._save, [0]
+
+    def dying(*args):
+        save(*args)
+        count[0] += 1
+        if count[0] == epochs:
+            raise Killed
+    monkeypatch.setattr(training, "_save", dying)
+
+
+@pytest.mark.parametrize("method", ["plain", "OE", "CEDA_GMM --use_gmm 1 --PCA 1 --fit_out 1 --n 10"])
+def test_a_resumed_run_ends_in_the_same_weights(method, digits_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoints" / "Digits").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "Digits" / "gmm").symlink_to(digits_run / "checkpoints" / "Digits" / "gmm")
+    monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
+    command = f"run_training.py --dataset Digits --train_type {method} --augm_flag 1 --epochs 3"
+    run_script(command + " --label whole")
+    with monkeypatch.context() as patch:
+        die_after(patch, 2)
+        with pytest.raises(Killed):
+            run_script(command + " --label halves")
+    torch.manual_seed(99)       # what happens between the halves must not matter
+    run_script(command + " --label halves --resume 1")
+    whole, halves = (load_model(f"checkpoints/Digits/{name}.pt").state_dict() for name in ("whole", "halves"))
+    assert all(torch.equal(whole[key], halves[key]) for key in whole)
+    assert not list((tmp_path / "checkpoints" / "Digits").glob("*.state"))
+
+
+def test_another_learning_rate_does_not_continue_a_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
+    command = "run_training.py --dataset Digits --train_type plain --epochs 3"
+    with monkeypatch.context() as patch:
+        die_after(patch, 1)
+        with pytest.raises(Killed):
+            run_script(command)
+    with pytest.raises(SystemExit) as stop:
+        run_script(command + " --lr 0.1 --resume 1")
+    assert stop.value.code == 2 and "--lr" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
+    with pytest.raises(SystemExit) as stop:
+        run_script("run_training.py --dataset Digits --train_type plain --epochs 4 --lr 1e30")
+    assert stop.value.code == 2 and "not finite" in capsys.readouterr().err
+    assert not (tmp_path / "checkpoints" / "Digits" / "Base.pt").exists()
+
+
+def test_learning_rates_fall_after_50_75_and_90_percent():
+    factors = [training.lr_factor("steps", progress) for progress in (0, 0.49, 0.5, 0.74, 0.75, 0.89, 0.9, 0.99)]
+    assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+    assert training.lr_factor(OE.schedule, 0) == 1
+    assert training.lr_factor(OE.schedule, 0.5) == pytest.approx(0.5)
+    assert training.lr_factor(OE.schedule, 1 - 1e-9) == pytest.approx(0, abs=1e-6)
+
+
+def test_every_out_variance_stays_four_times_above_every_in_variance(digits_run):
+    model = load_model(digits_run / "checkpoints/Digits/CCU.pt")
+    assert isinstance(model, CCU)
+    with torch.no_grad():
+        model.gmm_in.logvar[3] = 2.0
+        CEDA_GMM().constrain(model)
+    assert model.gmm_out.logvar.exp().min() >= 4 * model.gmm_in.logvar.exp().max() * (1 - 1e-6)
+
+
+def test_mixtures_learn_at_their_own_rate_without_decay(digits_run):
+    model = load_model(digits_run / "checkpoints/Digits/CCU.pt")
+    settings = training.Settings("sgd", 0.1, 1e-5, 5e-4, ("var",), 1, 128, 0)
+    classifier, mixtures = training.make_optimizer(model, settings).param_groups
+    assert (classifier["lr"], classifier["weight_decay"]) == (0.1, 5e-4)
+    assert (mixtures["lr"], mixtures["weight_decay"]) == (1e-5, 0)
+    assert {id(p) for p in mixtures["params"]} == {id(model.gmm_in.logvar), id(model.gmm_out.logvar)}
+    assert not model.gmm_in.mu.requires_grad
+
+
+def test_a_run_leaves_its_record(digits_run):
+    record = json.loads((digits_run / "checkpoints/Digits/CCU.json").read_text())
+    assert record["options"]["epochs"] == 3 and record["out_dataset"] == "Photos" and record["seed"] == 0
+    assert len(record["history"]) == 3 and record["mixtures"]["n"] == 10
+    assert record["history"][0]["smallest_var_out"] >= 4 * record["history"][0]["largest_var_in"]
+    assert all(math.isfinite(value) for epoch in record["history"] for value in epoch.values())
+    assert "run_training.py" in record["command"] and record["torch"] == torch.__version__
