@@ -18,6 +18,12 @@ LABELS = {
     "ACET2": "--train_type ACET",
     "CCU": "--train_type CEDA_GMM --use_gmm 1 --PCA 1 --fit_out 1",
     "CCUs": "--train_type CEDA_GMM --use_gmm 1 --PCA 1",
+    "MCD": "--train_type MCD",
+    "EDL": "--train_type EDL",
+    "DE": "--train_type DE",
+    "GAN": "--train_type GAN",
+    "ODIN": "--train_type ODIN",
+    "Maha": "--train_type Maha",
 }
 
 
@@ -31,9 +37,9 @@ def model(dataset: str, label: str) -> Path:
     return CHECKPOINTS / dataset / f"{label}.pt"
 
 
-def training_state(checkpoint: Path) -> Path:
-    """What --resume 1 continues from."""
-    return checkpoint.with_suffix(".state")
+def training_state(checkpoint: Path, member: int | None = None) -> Path:
+    """What --resume 1 continues from; each member of an ensemble has its own."""
+    return checkpoint.with_suffix(".state" if member is None else f".{member}.state")
 
 
 def run_record(checkpoint: Path) -> Path:

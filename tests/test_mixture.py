@@ -85,9 +85,9 @@ def test_squared_distances_survive_a_large_offset():
     torch.testing.assert_close(near.double(), exact, rtol=1e-4, atol=1e-4)
 
 
-def blobs(n=3000, D=10, K=5, seed=0):
+def blobs(n=3000, D=10, K=5, seed=0, spread=3.0):
     rng = np.random.default_rng(seed)
-    centres = rng.normal(size=(K, D)) * 3
+    centres = rng.normal(size=(K, D)) * spread
     return torch.tensor(centres[rng.integers(K, size=n)] + rng.normal(size=(n, D)), dtype=torch.float32)
 
 
@@ -105,7 +105,7 @@ def test_em_reaches_sklearn_from_the_same_start(reg_covar):
 
 @pytest.mark.parametrize("update_weights", [False, True])
 def test_em_never_loses_likelihood(update_weights):
-    z = blobs(K=8, seed=1).double()
+    z = blobs(K=8, seed=1, spread=1.0).double()
     start = kmeans_start(z, 6, seed=3, reg_covar=0.0)
     start = Fit(z[:6], start.variances * 2, torch.full((6,), 1 / 6, dtype=z.dtype), [])
     values = em(z, start, 0.0, update_weights, tol=1e-7, max_iter=100).log_likelihoods

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import params
-from models import CCU, Detector
+from models import CCU, EDL, Detector
+from models.gan import Discriminator, Generator
 from utils.attack import linf_pgd
 
 
@@ -29,7 +30,6 @@ class Objective:
     scalars to log, as tensors on the device."""
 
     needs_out = True            # takes out-images
-    optimizer: str | None = None        # None = params.DATASETS[...].optimizer
     schedule = "steps"
     out_batch_ratio = 1
 
@@ -47,6 +47,13 @@ class Objective:
     def constrain(self, model: Detector) -> None:
         """Before the first step and after every step."""
 
+    def state_dict(self) -> dict:
+        """What a resumed run needs of the objective itself."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        pass
+
     def combine(self, log_p: Tensor, y: Tensor, out_loss, p_in: float, p_out: float):
         """p_in * cross-entropy(in) + p_out * out_loss(out) of one forward pass over [in; out]."""
         inside, outside = log_p[:len(y)], log_p[len(y):]
@@ -57,7 +64,7 @@ class Objective:
 
 
 class Plain(Objective):
-    """Base: cross-entropy; times p_in, so that learning rates compare with the others'."""
+    """Base, and of MCD and DE each network: cross-entropy; times p_in, so that learning rates compare with the others'."""
 
     needs_out = False
 
@@ -78,7 +85,6 @@ class CEDA(Objective):
 class OE(Objective):
     """Outlier exposure (Hendrycks et al. 2019): cross-entropy + 0.5 x cross-entropy to uniform."""
 
-    optimizer = "nesterov"
     schedule = "cosine"
     out_batch_ratio = 2
 
@@ -136,8 +142,97 @@ class CEDA_GMM(Objective):
             model.gmm_out.logvar.copy_(torch.maximum(model.gmm_out.logvar, floor))
 
 
-def make(train_type: str, loglam: float, fit_out: bool, steps: int) -> Objective:
-    """The objective of --train_type."""
+class EvidentialMSE(Objective):
+    """EDL (Sensoy et al. 2018): the expected squared error of one-hot labels y under the Dirichlet distribution,
+
+        sum_m (y_m - p_m)^2 + sum_m p_m (1 - p_m) / S,    p = alpha / S,  S = sum_m alpha_m.
+
+    Deviation: Sensoy et al. divide the variance by S + 1 and add a Kullback-Leibler term.
+    """
+
+    needs_out = False
+
+    def __call__(self, model: EDL, x, y, z, generator):
+        alpha = model.alpha(x)                                          # [B, M]
+        S = alpha.sum(1)
+        p = alpha / S[:, None]
+        error = (F.one_hot(y, p.shape[1]) - p).square().sum(1)
+        variance = (p * (1 - p)).sum(1) / S
+        return (error + variance).mean(), {
+            "error": error.detach().mean(), "variance": variance.detach().mean(), "accuracy": accuracy(p, y),
+            "confidence_in": p.detach().amax(1).mean()}
+
+
+class GAN(Objective):
+    """The confident classifier (Lee et al. 2018): cross-entropy + beta KL(uniform || p) on generated images.
+
+    The generator minimises its GAN loss + beta KL(uniform || p(.|G(noise))): it is drawn to the boundary of the
+    data.  Before each of the classifier's steps discriminator and generator make one of their own.
+    """
+
+    needs_out = False
+
+    def __init__(self, channels: int, size: int, device: torch.device):
+        super().__init__()
+        self.networks = {"generator": Generator(channels, size).to(device),
+                         "discriminator": Discriminator(channels, size).to(device)}
+        self.optimizers = {name: torch.optim.Adam(network.parameters(), **params.GAN_ADAM)
+                           for name, network in self.networks.items()}
+
+    def __call__(self, model, x, y, z, generator):
+        G, D = self.networks["generator"], self.networks["discriminator"]
+        fake = G(self.noise(len(x), generator))
+        loss_d = F.softplus(-D(x)).mean() + F.softplus(D(fake.detach())).mean()     # -log D(x) - log(1 - D(fake))
+        self.step("discriminator", loss_d)
+        loss_g = F.softplus(-D(fake)).mean() + params.GAN_BETA * self.kl_to_uniform(model(fake))
+        self.step("generator", loss_g)
+        with torch.no_grad():
+            fake = G(self.noise(len(x), generator))
+        loss, scalars = self.classifier_loss(model, x, y, fake)
+        return loss, scalars | {"loss_generator": loss_g.detach(), "loss_discriminator": loss_d.detach()}
+
+    def classifier_loss(self, model, x, y, fake):
+        return self.combine(model(torch.cat((x, fake))), y, self.kl_to_uniform, 1.0, params.GAN_BETA)
+
+    @staticmethod
+    def kl_to_uniform(log_confidence: Tensor) -> Tensor:
+        """KL(uniform || p), averaged over the batch."""
+        return uniform_cross_entropy(log_confidence) - math.log(log_confidence.shape[1])
+
+    def noise(self, n: int, generator: torch.Generator) -> Tensor:
+        return torch.randn(n, Generator.noise, generator=generator, device=generator.device)
+
+    def step(self, name: str, loss: Tensor) -> None:
+        """One step of one network; the others, the classifier too, get no gradients of it."""
+        weights = list(self.networks[name].parameters())
+        for weight, gradient in zip(weights, torch.autograd.grad(loss, weights), strict=True):
+            weight.grad = gradient
+        self.optimizers[name].step()
+
+    def state_dict(self):
+        return {part: {name: item.state_dict() for name, item in getattr(self, part).items()}
+                for part in ("networks", "optimizers")}
+
+    def load_state_dict(self, state):
+        for part, items in state.items():
+            for name, item in items.items():
+                getattr(self, part)[name].load_state_dict(item)
+
+
+SIMPLE = {"plain": Plain, "MCD": Plain, "DE": Plain, "CEDA": CEDA, "OE": OE, "EDL": EvidentialMSE, "CEDA_GMM": CEDA_GMM}
+
+
+def make(train_type: str, loglam: float, fit_out: bool, steps: int, images: torch.Tensor) -> Objective:
+    """The objective of --train_type; the GAN's networks are shaped like the training images [N, C, H, W]."""
     if train_type == "ACET":
         return ACET(loglam, steps, uniform=not fit_out)
-    return {"plain": Plain, "CEDA": CEDA, "OE": OE, "CEDA_GMM": CEDA_GMM}[train_type](loglam)
+    if train_type == "GAN":
+        return GAN(images.shape[1], images.shape[2], images.device)
+    return SIMPLE[train_type](loglam)
+
+
+def needs_out(train_type: str, fit_out: bool) -> bool:
+    """Whether --train_type takes out-images, to train or (ODIN, Maha) to calibrate on."""
+    if train_type == "ACET":
+        return fit_out
+    return train_type in ("ODIN", "Maha") or train_type != "GAN" and SIMPLE[train_type].needs_out

@@ -76,7 +76,7 @@ def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet |
     objective.constrain(model)
     history: list[dict] = []
     if resume and state_path.exists():
-        history = _restore(state_path, model, optimizer, generators, options)
+        history = _restore(state_path, model, objective, optimizer, generators, options)
         print(f"resumed after epoch {len(history)}")
     steps = math.ceil(len(data) / settings.batch_size)
     writer = SummaryWriter(str(log_dir), purge_step=len(history))
@@ -117,32 +117,38 @@ def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet |
         print(f"epoch {epoch + 1}/{settings.epochs}  " + "  ".join(
             f"{name} {value:.4g}" for name, value in sorted(means.items())), flush=True)
         if time.monotonic() - saved > SAVE_EVERY or epoch + 1 == settings.epochs:
-            _save(state_path, model, optimizer, generators, history, options)
+            _save(state_path, model, objective, optimizer, generators, history, options)
             saved = time.monotonic()
     writer.close()
     return history
 
 
-def _save(path, model, optimizer, generators, history, options):
+def _save(path, model, objective, optimizer, generators, history, options):
     files.save({"format": "CCU training state, version 1", "options": options, "history": history,
-                "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                "model": model.state_dict(), "objective": objective.state_dict(),
+                "optimizer": optimizer.state_dict(),
                 "generators": {name: g.get_state() for name, g in generators.items()},
-                "global_rng": torch.get_rng_state()}, path)
+                # dropout draws from the device's own generator
+                "global_rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}, path)
 
 
 def _epochs_in(path) -> int:
     return len(files.load(path)["history"])
 
 
-def _restore(path, model, optimizer, generators, options) -> list[dict]:
+def _restore(path, model, objective, optimizer, generators, options) -> list[dict]:
     state = files.load(path, "CCU training state, version 1", "start without --resume")
     if changed := [key for key in options if options[key] != state["options"].get(key)]:
         key = changed[0]
         raise UserError(f"{path} was made with --{key} {state['options'].get(key)}, not {options[key]}: use the same "
                         "options, or start without --resume")
     model.load_state_dict(state["model"])
+    objective.load_state_dict(state["objective"])
     optimizer.load_state_dict(state["optimizer"])
     for name, generator in generators.items():
         generator.set_state(state["generators"][name])
     torch.set_rng_state(state["global_rng"])
+    if state["cuda_rng"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda_rng"])
     return state["history"]
