@@ -1,15 +1,13 @@
-# make demo   fit, train, evaluate and attack on scikit-learn's digits: both tables in a few minutes
-# make test   the tests           make check   lint, tests and a short demo, as CI runs them
+# make demo     fit, train, evaluate and attack on scikit-learn's digits: both tables in a few minutes
+# make tables DATASET=D [EPOCHS=100] [OUT_DATASET=..] [OUT_DIR=..] [DATA_DIR=..] [GPUS="0 1"] [LABELS="Base CCU"]
+#               train whatever is missing, write both tables; -j 4 runs what does not depend on each other side by side
+# make test     the tests           make check   lint, tests and a short demo, as CI runs them
 PYTHON ?= python3
 PY := $(abspath .venv/bin/python)
 INSTALLED := .venv/.installed
-# of the demo; CI shortens it
-EPOCHS ?= 30
-STEPS ?= 60
-RESTARTS ?= 3
-LABELS := Base CEDA ACET CCU
 
-.PHONY: demo test lint check next
+.PHONY: demo tables test lint check
+.SECONDARY:     # a trained model is never removed as intermediate
 
 $(INSTALLED): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed: make PYTHON=python3.12 ...") if sys.version_info < (3, 11) else None'
@@ -17,7 +15,13 @@ $(INSTALLED): requirements.txt
 	$(PY) -m pip install --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-TRAIN = $(PY) run_training.py --dataset Digits --augm_flag 1 --epochs $(EPOCHS)
+# --- the demo; CI shortens it -------------------------------------------------------------------------------------
+
+demo: EPOCHS ?= 30
+demo: STEPS ?= 60
+demo: RESTARTS ?= 3
+demo: LABELS = Base CEDA ACET CCU
+demo: TRAIN = $(PY) run_training.py --dataset Digits --augm_flag 1 --epochs $(EPOCHS)
 
 demo: $(INSTALLED)
 	$(PY) gen_gmm.py --dataset Digits --PCA 1 --augm_flag 1
@@ -34,6 +38,41 @@ demo: $(INSTALLED)
 	@echo '  .venv/bin/python run_training.py --dataset MNIST --train_type CEDA_GMM --augm_flag 1 --use_gmm 1 --PCA 1 --fit_out 1 --amp 1'
 	@echo '  .venv/bin/python gen_eval.py --dataset MNIST --drop_mmc 1'
 	@echo '  .venv/bin/python gen_attack_stats.py --datasets MNIST --wide_format 1 --fit_out 1'
+
+# --- both tables of a data set, from whatever is trained already ---------------------------------------------------
+
+DATASET ?= Digits
+EPOCHS ?=
+STEPS ?= 500
+RESTARTS ?= 50
+LABELS ?= Base CEDA OE ACET ACET2 CCU CCUs MCD EDL DE GAN ODIN Maha
+MODELS := checkpoints/$(DATASET)
+MIXTURES := $(MODELS)/gmm/.fitted$(addprefix _,$(OUT_DATASET))
+DATA := $(addprefix --data_dir ,$(DATA_DIR))
+OUT := $(addprefix --out_dataset ,$(OUT_DATASET)) $(addprefix --out_dir ,$(OUT_DIR))
+# labels take the GPUs in turn
+position = $(shell printf '%s\n' $(LABELS) | grep -nx '$(1)' | cut -d: -f1)
+gpu = $(if $(GPUS),--gpu $(word $(shell echo $$(( $(call position,$(1)) % $(words $(GPUS)) + 1 ))),$(GPUS)))
+
+tables: results/table2_$(DATASET).csv results/table1_$(DATASET).csv
+
+results/table2_$(DATASET).csv: $(LABELS:%=$(MODELS)/%.pt) | $(INSTALLED)
+	$(PY) gen_eval.py --dataset $(DATASET) --drop_mmc 0 $(DATA) $(call gpu,Base) --models $(LABELS) --output $(basename $@)
+
+results/table1_$(DATASET).csv: $(LABELS:%=$(MODELS)/%.pt) | $(INSTALLED)
+	$(PY) gen_attack_stats.py --datasets $(DATASET) --wide_format 1 --fit_out 1 $(DATA) $(call gpu,CCU) --models $(LABELS) --steps $(STEPS) --restarts $(RESTARTS) --resume 1 --output $(basename $@)
+
+$(MODELS)/%.pt: | $(INSTALLED)
+	$(PY) run_training.py --dataset $(DATASET) $$($(PY) -c 'import model_paths; print(model_paths.LABELS["$*"])') --augm_flag 1 $(addprefix --epochs ,$(EPOCHS)) $(DATA) $(OUT) $(call gpu,$*) --resume 1 $(TRAIN_ARGS)
+
+$(MODELS)/CCU.pt $(MODELS)/CCUs.pt: $(MIXTURES)
+$(MODELS)/ODIN.pt $(MODELS)/Maha.pt: $(MODELS)/Base.pt
+
+$(MIXTURES): | $(INSTALLED)
+	$(PY) gen_gmm.py --dataset $(DATASET) --PCA 1 --augm_flag 1 $(DATA) $(OUT) $(call gpu,CCU)
+	touch $@
+
+# --- checks ------------------------------------------------------------------------------------------------------
 
 test: $(INSTALLED)
 	$(PY) -m pytest

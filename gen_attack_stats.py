@@ -6,8 +6,11 @@ Seeds are uniform noise; around each the CCU model (CCUs without --fit_out 1) ce
 confidence stays below 1.1/M.  Every model is attacked in the same balls, intersected with the unit cube, by
 projected gradient ascent on its score.  Rows: TE test error, MMC mean maximal confidence, SR share of attacked points
 that score at least as high as half of the test images, AUC of test images against attacked points.  Writes the table
-to results/ and seeds, radii, samples and scores to results/backup/ (README: results/backup).  A LeNet with the default
-200 seeds x 50 restarts x 500 steps takes minutes on a GPU and about half an hour on two cores.
+to results/ and seeds, radii, samples and scores to results/backup/ (README, "Backups").
+
+--certify 1 adds, for models with a certificate: mean and median radius by both bounds, the mean of the certified upper
+bounds on the confidence in the attacked balls, the share of balls where it is at most 1.1/M, and GAUC, the AUROC of
+the test images' scores against these bounds, which no attack in the balls can lower.
 """
 
 import shutil
@@ -20,9 +23,9 @@ from utils.attack import attack
 
 import model_paths
 import params
-from models import certified_radius
+from models import CCU, certified_radius, confidence_bound
 from utils import cli, evaluation, files, tables
-from utils.data import load_in_dist
+from utils.data import load_in_dist, load_ood
 from utils.errors import UserError
 from utils.out_data import load_out, resolve
 from utils.registry import load_models
@@ -32,6 +35,8 @@ BALLS = {True: "CCU", False: "CCUs"}        # --fit_out: whose certificate gives
 
 def main(args):
     device = cli.device(args.gpu)
+    if sum(map(bool, (args.load_seeds, args.seeds, args.out_seeds))) > 1:
+        raise UserError("give one of --seeds, --out_seeds and --load_seeds")
     if args.load_seeds and len(args.datasets) > 1:
         raise UserError("--load_seeds holds the seeds of one data set: give one to --datasets")
     jobs = {dataset: prepare(dataset, args, device) for dataset in args.datasets}      # all checks before any work
@@ -46,10 +51,11 @@ def main(args):
         for label, model in models.items():
             log_p, scores_in[label] = evaluation.evaluate(model, test.to(device), 1000)
             rows[dataset, label] = statistics(model, log_p, scores_in[label], result[label]["score"], test.labels)
-        inside = sum(bool(r == 0) for r in radii)
-        notes += [f"{dataset}: radii of {BALLS[args.fit_out]} by the {args.certificate} certificate at ratio "
-                  f"{params.RATIO}: median {radii.median():.4g}, {inside} of {len(radii)} are 0",
-                  *tables.model_notes(models)]
+            if args.certify:
+                rows[dataset, label] |= certify(model, metric, seeds.to(device), radii, scores_in[label])
+                if (bound := rows[dataset, label]["bound"]) is not None:
+                    notes.append(f"{dataset}, {label}: MMC {rows[dataset, label]['MMC']:.4f} <= {bound:.4f} certified")
+        notes += [f"{dataset}: {describe_balls(args, radii)}", *tables.model_notes(models)]
         backup = model_paths.BACKUP / f"{model_paths.name_of(stem)}_{dataset}.pt"
         written.append(files.save({
             "format": "CCU attack, version 1", "record": files.run_record(args, seconds=time.monotonic() - start),
@@ -65,6 +71,16 @@ def main(args):
     print("", *(f"wrote {path}" for path in written), sep="\n")
 
 
+def describe_balls(args, radii) -> str:
+    seeds = f"seeds of {args.load_seeds}" if args.load_seeds else f"seeds: {args.seeds or 'uniform noise'}"
+    if args.out_seeds:
+        seeds = f"seeds: test draws of {args.out_dataset}"
+    if args.radius is not None:
+        return f"{seeds}; all radii {args.radius:g}"
+    return (f"{seeds}; radii of {BALLS[args.fit_out]} by the {args.certificate} certificate at ratio {params.RATIO}: "
+            f"median {radii.median():.4g}, {int((radii == 0).sum())} of {len(radii)} are 0")
+
+
 def prepare(dataset: str, args, device):
     """Models, metric, test images, seeds [N, C, H, W] and certified radii [N] of one data set."""
     ball = BALLS[args.fit_out]
@@ -75,10 +91,13 @@ def prepare(dataset: str, args, device):
     if args.load_seeds:
         seeds = files.load(args.load_seeds, "CCU attack, version 1", "give a file of results/backup")["seeds"]
         if tuple(seeds.shape[1:]) != shape:
-            raise UserError(f"{args.load_seeds} holds seeds of shape {list(seeds.shape[1:])}, {dataset} has {list(shape)}")
+            raise UserError(f"{args.load_seeds} holds seeds of shape {list(seeds.shape[1:])}, "
+                            f"{dataset} has {list(shape)}")
     else:
         n = args.batches * args.batch_size
-        if args.out_seeds:
+        if args.seeds:
+            seeds = load_ood(args.seeds, test, args.data_dir, args.download, args.seed, n).floats()
+        elif args.out_seeds:
             out = load_out(resolve(args.out_dataset, args.data_dir), test, args.data_dir, args.out_dir, split="test",
                            n=n, seed=args.seed)
             if len(out) < n:
@@ -86,7 +105,10 @@ def prepare(dataset: str, args, device):
             seeds = out.floats(slice(n))
         else:
             seeds = torch.rand(n, *shape, generator=torch.Generator().manual_seed(args.seed))
-    radii = certified_radius(ccu, seeds.to(device), params.RATIO, method=args.certificate).cpu()
+    if args.radius is not None:
+        radii = torch.full((len(seeds),), args.radius, dtype=torch.float64)
+    else:
+        radii = certified_radius(ccu, seeds.to(device), params.RATIO, method=args.certificate).cpu()
     return models, ccu.gmm_in.metric, test, seeds, radii
 
 
@@ -132,6 +154,22 @@ def statistics(model, log_p, scores_in, attacked, labels) -> dict:
             "SR": evaluation.success_rate(attacked, scores_in), "AUC": evaluation.auroc(scores_in, attacked)}
 
 
+def certify(model, metric, seeds, radii, scores_in) -> dict:
+    """What the certificate alone says of the balls that were attacked; None for models that have none."""
+    names = [f"R {which} {method}" for method in ("paper", "tight") for which in ("mean", "median")]
+    if not isinstance(model, CCU):
+        return dict.fromkeys([*names, "bound", "share", "GAUC"])
+    own = model.gmm_in.metric
+    if not (torch.equal(own.comp_vecs, metric.comp_vecs) and torch.equal(own.singular_values, metric.singular_values)):
+        raise UserError("--certify 1: two models have different metrics; give those of one metric to --models")
+    certified = [certified_radius(model, seeds, params.RATIO, method=method) for method in ("paper", "tight")]
+    bound = confidence_bound(model, seeds, radii.to(seeds.device))
+    return {**dict(zip(names, (f(r).item() for r in certified for f in (torch.mean, torch.median)), strict=True)),
+            "bound": 100 * bound.mean().item(),
+            "share": 100 * (bound <= params.RATIO / model.classes).double().mean().item(),
+            "GAUC": evaluation.auroc(scores_in.double(), bound.log())}
+
+
 def layout(rows: dict, args) -> pd.DataFrame:
     """wide: rows (data set, statistic), one column per label.  Else one row per label, data sets side by side or,
     --vertical 1, below each other."""
@@ -164,6 +202,10 @@ def parser() -> cli.Parser:
     p.add_argument("--out_seeds", type=cli.flag, default=False, help="1 = seeds are test draws of the "
                    "out-distribution instead of uniform noise (0)")
     p.add_argument("--load_seeds", metavar="FILE", help="seeds of an earlier run, a file of results/backup")
+    p.add_argument("--seeds", metavar="SET", help="seeds are images of this OOD test set instead of uniform noise")
+    p.add_argument("--radius", type=cli.number(0), help="attack in balls of this radius, in units of the metric, "
+                   "instead of the certified ones")
+    p.add_argument("--certify", type=cli.flag, default=False, help="1 = add radii, certified bounds and GAUC (0)")
     p.add_argument("--drop_mmc", type=cli.flag, default=False, help="1 = without MMC (0)")
     p.add_argument("--wide_format", type=cli.flag, default=False, help="1 = one column per label (0)")
     p.add_argument("--vertical", type=cli.flag, default=False, help="without --wide_format: 1 = data sets below each "

@@ -83,16 +83,16 @@ ACET_WARM_LAMBDA = 1e-3  # this lambda                                          
 METHODS = {
     "plain": Method(), "CEDA": Method(), "ACET": Method(), "CEDA_GMM": Method(), "DE": Method(),
     "OE": Method(optimizer="nesterov"),                                         # [Hendrycks et al. 2019]
-    "EDL": Method(optimizer="adam"),                                            # [paper]
-    "MCD": Method(arch="arch_dropout", optimizer="adam", lr=2e-4, weight_decay=0.0),            # [paper]
+    "EDL": Method(optimizer="adam"),                                            # [ours]
+    "MCD": Method(arch="arch_dropout", optimizer="adam", lr=2e-4, weight_decay=0.0),            # [ours]
     "GAN": Method(arch="arch_gan", optimizer="adam", lr=2e-4),                  # [Lee et al. 2018, confident]
     "ODIN": Method(), "Maha": Method(),     # not trained: calibrated on Base
 }
-MCD_PASSES = 10          # passes with dropout at test time                                     [paper]
+MCD_PASSES = 10          # passes with dropout at test time                                     [ours]
 MEMBERS = 5              # networks of DE                           [Lakshminarayanan et al. 2017, section 3]
 GAN_BETA = 1.0           # weight of KL(uniform || p) on generated images                       [ours]
 GAN_ADAM = dict(lr=2e-4, betas=(0.5, 0.999))    # generator and discriminator     [Radford et al. 2016, DCGAN]
 ODIN_TEMPERATURES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)                  # [Liang et al. 2018]
 ODIN_EPS = tuple(i * 0.004 / 20 for i in range(21))     # l_inf steps             [Liang et al. 2018]
 MAHA_EPS = (0.0, 0.0005, 0.001, 0.0014, 0.002, 0.005, 0.01)     # l_inf steps     [Lee et al. 2018, Mahalanobis]
-CALIBRATION_IMAGES = 1000   # in-images, and out-images, on which ODIN and Maha choose          [ours]
+CALIBRATION_IMAGES = 500   # in-images, and out-images, on which ODIN and Maha choose           [ours]

@@ -4,8 +4,10 @@
     python run_training.py --dataset MNIST --train_type ACET --augm_flag 1
     python run_training.py --dataset MNIST --train_type CEDA_GMM --augm_flag 1 --use_gmm 1 --PCA 1 --fit_out 1
 
-CEDA_GMM with --fit_out 1 is CCU, without it CCUs; both start from the mixtures of gen_gmm.py.  MNIST takes, an
-epoch on two cores, about 20 s for plain and 40 s for CCU with --amp 1.  TensorBoard scalars go to logs/.
+CEDA_GMM with --fit_out 1 is CCU, without it CCUs; both start from the mixtures of gen_gmm.py.  DE trains --members
+networks.  ODIN and Maha train nothing: they choose their hyperparameters on the model Base, which has to be there.
+MNIST takes, an epoch on two cores, about 20 s for plain and 40 s for CCU with --amp 1.  TensorBoard scalars go to
+logs/.
 """
 
 import time
@@ -14,52 +16,93 @@ import torch
 
 import model_paths
 import params
-from models import CCU, Softmax, build_classifier
+from models import CCU, DE, EDL, MCD, Detector, Softmax, build_classifier
 from utils import cli, files, objectives
+from utils.calibration import calibrate
 from utils.data import Augmentation, load_in_dist
 from utils.errors import UserError
 from utils.evaluation import evaluate
 from utils.out_data import load_out, resolve
+from utils.registry import load_models
 from utils.training import Settings, train
+
+CALIBRATED = {"ODIN": ("temperature", "eps"), "Maha": ("eps",)}     # on Base, not trained: what each chooses
 
 
 def main(args):
     device = cli.device(args.gpu)
-    defaults = params.DATASETS[args.dataset]
     check(args)
     label = args.label or model_paths.label(args.train_type, args.fit_out)
     path = model_paths.model(args.dataset, label)
-    state_path = model_paths.training_state(path)
-    objective = objectives.make(args.train_type, args.loglam, args.fit_out, args.steps)
-    optimizer = objective.optimizer or defaults.optimizer
-    out_name = resolve(args.out_dataset, args.data_dir) if objective.needs_out else None
-    settings = Settings(optimizer, args.lr or params.LR[optimizer], args.lr_gmm, args.decay, tuple(args.grad_vars),
-                        args.epochs, args.batch_size, args.seed)
+    calibrated = args.train_type in CALIBRATED
+    out_name = resolve(args.out_dataset, args.data_dir) if objectives.needs_out(args.train_type, args.fit_out) else None
 
-    torch.manual_seed(args.seed)
-    model, mixtures = make_model(args, defaults, out_name)
-    data = load_in_dist(args.dataset, "train", args.data_dir, args.download)
-    test = load_in_dist(args.dataset, "test", args.data_dir)
-    out = load_out(out_name, data, args.data_dir, args.out_dir, seed=args.seed) if out_name else None
-    augmentation = (Augmentation(defaults.crop, defaults.pad_mode, defaults.flip) if args.augm_flag else
-                    Augmentation(0, "constant", False))
-    model.to(device)
-    model.amp = args.amp
-    options = {key: value for key, value in vars(args).items() if key not in ("gpu", "resume", "debug", "verbose")}
+    # what has to be there already comes first
+    base = load_models(args.dataset, ["Base"], device)["Base"] if args.warmstart or calibrated else None
+    mixtures = load_mixtures(args, out_name) if args.use_gmm else None
+    data = load_in_dist(args.dataset, "train", args.data_dir, args.download).to(device)
+    test = load_in_dist(args.dataset, "test", args.data_dir).to(device)
+    out = (load_out(out_name, data, args.data_dir, args.out_dir, seed=args.seed,
+                    n=params.CALIBRATION_IMAGES if calibrated else None) if out_name else None)
+
     start = time.monotonic()
-    history = train(model, objective, data.to(device), out and out.to(device), augmentation, settings, state_path,
-                    args.resume, options, model_paths.log_dir(args.dataset, label, time.strftime("%Y%m%d-%H%M%S")), args.verbose)
-    model.amp = False
-    log_p, _ = evaluate(model.eval(), test.to(device), args.batch_size)
+    epochs, states = args.epochs, []
+    if calibrated:
+        model, history = calibrate(args.train_type, base, data, out, args.seed, args.batch_size)
+        epochs = base.meta.get("epochs")
+    elif args.train_type == "DE":
+        states = [model_paths.training_state(path, i) for i in range(args.members)]
+        if not args.resume:
+            for state in states:
+                state.unlink(missing_ok=True)
+        # seed 0: 0, 1, ...; seed 1 goes on from there
+        members = [train_network(args, args.seed * args.members + i, f"{label}.{i}", state, data, out, base, mixtures)
+                   for i, state in enumerate(states)]
+        model, history = DE([m.base_model for m, _ in members]), [h for _, h in members]
+    else:
+        states = [model_paths.training_state(path)]
+        model, history = train_network(args, args.seed, label, states[0], data, out, base, mixtures)
+
+    log_p, _ = evaluate(model.eval(), test, args.batch_size)
     test_error = 100 * (log_p.argmax(1) != test.labels).double().mean().item()
     meta = {"dataset": args.dataset, "label": label, "train_type": args.train_type, "out_dataset": out_name,
-            "epochs": args.epochs, "seed": args.seed, "augm_flag": args.augm_flag, "mixtures": mixtures,
-            "test_error": test_error}
+            "epochs": epochs, "seed": args.seed, "augm_flag": args.augm_flag, "test_error": test_error,
+            "mixtures": mixtures and mixtures[2]}
+    if calibrated:
+        meta |= {name: getattr(model, name).item() for name in CALIBRATED[args.train_type]}
+        print(", ".join(f"{name} {meta[name]:.4g}" for name in CALIBRATED[args.train_type]))
     files.save_model(model, path, meta)
     record = files.run_record(args, **meta, seconds=time.monotonic() - start, history=history)
     files.write_json(model_paths.run_record(path), record)
-    state_path.unlink(missing_ok=True)
+    for state in states:
+        state.unlink(missing_ok=True)
     print(f"test error {test_error:.2f} %\nwrote {path} and {model_paths.run_record(path)}")
+
+
+def train_network(args, seed, name, state_path, data, out, base, mixtures) -> tuple[Detector, list[dict]]:
+    """One trained network and its history, an entry an epoch."""
+    defaults, method = params.DATASETS[args.dataset], params.METHODS[args.train_type]
+    torch.manual_seed(seed)
+    model = make_model(args, getattr(defaults, method.arch), seed, base, mixtures).to(data.images.device)
+    objective = objectives.make(args.train_type, args.loglam, args.fit_out, args.steps, data.images)
+    optimizer = method.optimizer or defaults.optimizer
+    settings = Settings(optimizer, first(args.lr, method.lr, params.LR[optimizer]), args.lr_gmm,
+                        first(args.decay, method.weight_decay, params.WEIGHT_DECAY), tuple(args.grad_vars),
+                        args.epochs, args.batch_size, seed)
+    augmentation = (Augmentation(defaults.crop, defaults.pad_mode, defaults.flip) if args.augm_flag else
+                    Augmentation(0, "constant", False))
+    options = {key: value for key, value in vars(args).items() if key not in ("gpu", "resume", "debug", "verbose")}
+    logs = model_paths.log_dir(args.dataset, name, time.strftime("%Y%m%d-%H%M%S"))
+    model.amp = args.amp
+    history = train(model, objective, data, out, augmentation, settings, state_path, args.resume, options, logs,
+                    args.verbose)
+    model.amp = False
+    return model, history
+
+
+def first(*values):
+    """The first that is given."""
+    return next(value for value in values if value is not None)
 
 
 def check(args) -> None:
@@ -71,18 +114,15 @@ def check(args) -> None:
         raise UserError("--use_gmm 1 and --train_type CEDA_GMM go together")
     if args.fit_out and args.train_type not in ("CEDA_GMM", "ACET"):
         raise UserError("--fit_out 1 goes with --train_type CEDA_GMM (CCU) or ACET")
+    if args.members is not None and args.train_type != "DE":
+        raise UserError("--members goes with --train_type DE")
+    if args.warmstart and args.train_type in ("DE", *CALIBRATED):
+        raise UserError(f"--warmstart 1 starts one network from Base: --train_type {args.train_type} does not take it")
+    args.members = first(args.members, params.MEMBERS)
 
 
-def make_model(args, defaults, out_name):
-    """The model before training, and where its mixtures come from."""
-    base_model = build_classifier(defaults.arch, defaults.channels, defaults.size, defaults.classes)
-    if args.warmstart:
-        base = files.load_model(model_paths.model(args.dataset, "Base"))
-        if base.spec["base_model"] != base_model.spec:
-            raise UserError("--warmstart 1: the Base model has another classifier")
-        base_model.load_state_dict(base.base_model.state_dict())
-    if not args.use_gmm:
-        return Softmax(base_model), None
+def load_mixtures(args, out_name):
+    """gmm_in, gmm_out and how they were fitted."""
     name = args.metric if args.PCA else "euclidean"
     path = args.gmm_path or model_paths.mixtures(args.dataset, name, args.n, out_name)
     gmm_in, gmm_out, meta = files.load_mixtures(path, f"fit the mixtures: python gen_gmm.py --dataset {args.dataset} "
@@ -92,14 +132,33 @@ def make_model(args, defaults, out_name):
         if meta[key] != wanted:
             raise UserError(f"{path} was fitted with {key} {meta[key]}, not {wanted}: run gen_gmm.py with the same "
                             "options, or change them here")
-    model = CCU(base_model, gmm_in, gmm_out if args.fit_out else None, args.loglam, defaults.classes)
-    return model, meta
+    return gmm_in, gmm_out, meta
+
+
+def make_model(args, arch, seed, base, mixtures) -> Detector:
+    """The model before training."""
+    defaults = params.DATASETS[args.dataset]
+    base_model = build_classifier(arch, defaults.channels, defaults.size, defaults.classes)
+    if args.warmstart:
+        if base.spec["base_model"] != base_model.spec:
+            raise UserError("--warmstart 1: the Base model has another classifier")
+        base_model.load_state_dict(base.base_model.state_dict())
+    if args.train_type == "EDL":
+        return EDL(base_model)
+    if args.train_type == "MCD":
+        model = MCD(base_model, params.MCD_PASSES)
+        model.draw_masks(torch.Generator().manual_seed(seed))
+        return model
+    if args.use_gmm:
+        gmm_in, gmm_out, _ = mixtures
+        return CCU(base_model, gmm_in, gmm_out if args.fit_out else None, args.loglam, defaults.classes)
+    return Softmax(base_model)
 
 
 def parser() -> cli.Parser:
     p = cli.Parser(__doc__).dataset()
-    p.add_argument("--train_type", required=True, choices=("plain", "CEDA", "OE", "ACET", "CEDA_GMM"), metavar="T",
-                   help="plain (Base), CEDA, OE, ACET, CEDA_GMM (CCU, CCUs)")
+    p.add_argument("--train_type", required=True, choices=tuple(params.METHODS), metavar="T",
+                   help="plain (Base), CEDA, OE, ACET, CEDA_GMM (CCU, CCUs), MCD, EDL, DE, GAN, ODIN, Maha")
     p.metric().out_dataset().common()
     p.add_argument("--augm_flag", type=cli.flag, default=False, help="1 = augment the training images (0)")
     p.add_argument("--use_gmm", type=cli.flag, help="1 with CEDA_GMM")
@@ -108,11 +167,10 @@ def parser() -> cli.Parser:
     p.add_argument("--epochs", type=cli.integer(1), default=params.EPOCHS, help=f"({params.EPOCHS})")
     p.add_argument("--batch_size", type=cli.integer(1), default=params.BATCH_SIZE,
                    help=f"in-images a step; out-images come on top ({params.BATCH_SIZE})")
-    p.add_argument("--lr", type=cli.number(0, open_low=True), help="classifier (Adam 1e-3 on MNIST and Digits, "
-                   "SGD 0.1 elsewhere)")
+    p.add_argument("--lr", type=cli.number(0, open_low=True), help="classifier (Adam 1e-3 on MNIST and Digits and for "
+                   "EDL, 2e-4 for MCD and GAN, SGD 0.1 elsewhere)")
     p.add_argument("--lr_gmm", type=cli.number(0), default=params.LR_GMM, help=f"mixtures ({params.LR_GMM})")
-    p.add_argument("--decay", type=cli.number(0), default=params.WEIGHT_DECAY,
-                   help=f"weight decay of the classifier ({params.WEIGHT_DECAY})")
+    p.add_argument("--decay", type=cli.number(0), help=f"weight decay of the classifier ({params.WEIGHT_DECAY}; MCD 0)")
     p.add_argument("--loglam", type=cli.number(-50, 50), default=0.0, help="log p(o)/p(i) (0)")
     p.add_argument("--n", type=cli.integer(1), default=params.CENTROIDS,
                    help=f"centroids of the mixtures to start from ({params.CENTROIDS})")
@@ -122,6 +180,7 @@ def parser() -> cli.Parser:
     p.add_argument("--warmstart", type=cli.flag, default=False, help="1 = start from the Base model's weights (0)")
     p.add_argument("--steps", type=cli.integer(1), default=params.ACET_STEPS,
                    help=f"gradient steps of ACET's attack ({params.ACET_STEPS})")
+    p.add_argument("--members", type=cli.integer(1), help=f"networks of DE ({params.MEMBERS})")
     p.add_argument("--label", type=cli.name, help="label in the tables and name of the file (by train type)")
     p.add_argument("--amp", type=cli.flag, default=False, help="1 = classifier in bf16 (0)")
     p.add_argument("--verbose", type=cli.flag, default=False, help="1 = TensorBoard scalars of every step, not only "

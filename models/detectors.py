@@ -18,6 +18,7 @@ class Detector(nn.Module):
     """
 
     score_is_confidence = True      # exp(score) is a confidence, so that MMC has a meaning
+    meta: dict = {}                 # how the model was made: plain values
     amp = False                     # bf16 autocast of the classifier; densities always stay outside
 
     def __init__(self, base_model: nn.Module, spec: dict):

@@ -42,8 +42,10 @@ def kmeans_start(z: Tensor, K: int, seed: int, reg_covar: float) -> Fit:
 def em(z: Tensor, start: Fit, reg_covar: float, update_weights: bool = False, tol: float = 1e-2,
        max_iter: int = 100,
        progress: Callable = lambda iteration, log_likelihood: None) -> Fit:
-    """EM for spherical components on z [n, D], until the mean log-likelihood gains less than tol.
+    """EM for spherical components on z [n, D], until the mean log-likelihood changes by less than tol.
 
+    reg_covar is added to every variance at every step, as scikit-learn does: with 0 the log-likelihood never
+    falls, with more it may.
     update_weights=False keeps the start's weights, as CCU does with 1/K.  progress(iteration, mean
     log-likelihood of z) is called at every step.
     """
@@ -61,7 +63,7 @@ def em(z: Tensor, start: Fit, reg_covar: float, update_weights: bool = False, to
         *new, log_likelihood = _m_step(z, means, e_step, reg_covar)
         progress(iteration, log_likelihood)
         log_likelihoods.append(log_likelihood)
-        if iteration == max_iter or (iteration and log_likelihood - log_likelihoods[-2] < tol):
+        if iteration == max_iter or (iteration and abs(log_likelihood - log_likelihoods[-2]) < tol):
             return Fit(means + origin, variances, weights, log_likelihoods)
         means, variances = new[:2]
         weights = new[2] if update_weights else weights

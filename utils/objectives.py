@@ -64,7 +64,7 @@ class Objective:
 
 
 class Plain(Objective):
-    """Base, and of MCD and DE each network: cross-entropy; times p_in, so that learning rates compare with the others'."""
+    """Base, MCD and each network of DE: cross-entropy; times p_in, so that learning rates compare with the others'."""
 
     needs_out = False
 
@@ -146,8 +146,6 @@ class EvidentialMSE(Objective):
     """EDL (Sensoy et al. 2018): the expected squared error of one-hot labels y under the Dirichlet distribution,
 
         sum_m (y_m - p_m)^2 + sum_m p_m (1 - p_m) / S,    p = alpha / S,  S = sum_m alpha_m.
-
-    Deviation: Sensoy et al. divide the variance by S + 1 and add a Kullback-Leibler term.
     """
 
     needs_out = False
@@ -219,7 +217,8 @@ class GAN(Objective):
                 getattr(self, part)[name].load_state_dict(item)
 
 
-SIMPLE = {"plain": Plain, "MCD": Plain, "DE": Plain, "CEDA": CEDA, "OE": OE, "EDL": EvidentialMSE, "CEDA_GMM": CEDA_GMM}
+OBJECTIVES = {"plain": Plain, "MCD": Plain, "DE": Plain, "CEDA": CEDA, "OE": OE, "ACET": ACET, "CEDA_GMM": CEDA_GMM,
+              "EDL": EvidentialMSE, "GAN": GAN}
 
 
 def make(train_type: str, loglam: float, fit_out: bool, steps: int, images: torch.Tensor) -> Objective:
@@ -228,11 +227,11 @@ def make(train_type: str, loglam: float, fit_out: bool, steps: int, images: torc
         return ACET(loglam, steps, uniform=not fit_out)
     if train_type == "GAN":
         return GAN(images.shape[1], images.shape[2], images.device)
-    return SIMPLE[train_type](loglam)
+    return OBJECTIVES[train_type](loglam)
 
 
 def needs_out(train_type: str, fit_out: bool) -> bool:
-    """Whether --train_type takes out-images, to train or (ODIN, Maha) to calibrate on."""
+    """Whether --train_type takes out-images: to train on, or (ODIN, Maha) to choose hyperparameters on."""
     if train_type == "ACET":
         return fit_out
-    return train_type in ("ODIN", "Maha") or train_type != "GAN" and SIMPLE[train_type].needs_out
+    return train_type in ("ODIN", "Maha") or OBJECTIVES[train_type].needs_out

@@ -124,13 +124,14 @@ def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet |
 
 
 def _save(path, model, objective, optimizer, generators, history, options):
+    device = generators["in"].device
     files.save({"format": "CCU training state, version 1", "options": options, "history": history,
                 "model": model.state_dict(), "objective": objective.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "generators": {name: g.get_state() for name, g in generators.items()},
                 # dropout draws from the device's own generator
                 "global_rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}, path)
+                "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}, path)
 
 
 def _epochs_in(path) -> int:
@@ -149,6 +150,6 @@ def _restore(path, model, objective, optimizer, generators, options) -> list[dic
     for name, generator in generators.items():
         generator.set_state(state["generators"][name])
     torch.set_rng_state(state["global_rng"])
-    if state["cuda_rng"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda_rng"])
+    if state["cuda_rng"] is not None:
+        torch.cuda.set_rng_state(state["cuda_rng"], generators["in"].device)
     return state["history"]

@@ -1,0 +1,241 @@
+"""The attack: feasible to rounding, never worse than its seed, as good as a convex solver, reproducible."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize
+
+from models.detectors import Detector
+from models.metric import PCAMetric
+from utils.attack import Region, attack, distances, linf_pgd, unit_ball
+
+
+class Function(torch.nn.Module):
+    """A detector as far as the attack is concerned: x [B, C, H, W] -> f(flat x) [B]."""
+
+    def __init__(self, f):
+        super().__init__()
+        self.attack_score = lambda x: f(x.flatten(1))
+        self.eval()
+
+
+def gen(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def random_metric(D, condition, seed, dtype=torch.float32):
+    """Random rotation, singular values log-uniform over `condition`."""
+    V, _ = torch.linalg.qr(torch.randn(D, D, generator=gen(seed), dtype=torch.float64))
+    s = 10 ** (torch.linspace(0, -math.log10(condition), D, dtype=torch.float64))
+    return PCAMetric(V.to(dtype), s.to(dtype))
+
+
+def small_net(D, seed=0):
+    """A ReLU network's largest log-confidence: piecewise smooth, many local maxima."""
+    W1, W2 = torch.randn(D, 32, generator=gen(seed)), torch.randn(32, 5, generator=gen(seed + 1)) / 4
+    return Function(lambda x: ((x - 0.5) @ W1.to(x)).relu().matmul(W2.to(x)).log_softmax(1).amax(1))
+
+
+def seeds_of(B, D, seed=0, dtype=torch.float32):
+    return torch.rand(B, 1, 1, D, generator=gen(seed), dtype=dtype)
+
+
+@pytest.mark.parametrize("condition", [1, 1e3, 1e6])
+@pytest.mark.parametrize("D", [3, 30])
+def test_every_point_is_in_ball_and_cube_in_float64_and_no_worse_than_its_seed(D, condition):
+    metric, net = random_metric(D, condition, seed=D), small_net(D)
+    seeds = seeds_of(12, D)
+    seeds[:3] = seeds[:3].round()                                       # corners of the cube
+    radii = torch.logspace(-8, 4, 12, dtype=torch.float64)
+    radii[5] = torch.inf
+    found = attack(net, metric, seeds, radii, steps=20, restarts=5, generator=gen(0))
+    assert found.samples.shape == seeds.shape and found.samples.dtype == torch.float32
+    assert found.samples.min() >= 0 and found.samples.max() <= 1
+    z = (found.samples.double() - seeds.double()).flatten(1) @ metric.comp_vecs.double().T
+    d = (z / metric.singular_values.double().sqrt()).norm(dim=1)
+    assert (d <= radii).all() and torch.equal(d, found.distance)
+    assert (found.attack_score >= net.attack_score(seeds) - 1e-6).all()
+    assert torch.allclose(found.attack_score, net.attack_score(found.samples), atol=1e-6)
+    assert (found.attack_score[6:] > net.attack_score(seeds)[6:] + 0.1).all()
+
+
+def test_projection_keeps_feasible_points_and_makes_others_feasible():
+    D, metric = 40, random_metric(40, 1e4, seed=1)
+    seeds, radii = seeds_of(50, D), torch.full((50,), 3.0, dtype=torch.float64)
+    region = Region(metric, seeds, radii)
+    far = region.project(torch.randn(50, D, generator=gen(2)) * 10)
+    x, d = region.checked(far)
+    assert (d <= radii).all() and x.min() >= 0 and x.max() <= 1
+    assert torch.allclose(x, region.seeds + far, atol=1e-5)             # the check had next to nothing to mend
+    assert torch.allclose(region.project(far * 0.9), far * 0.9, atol=1e-6)
+
+
+def test_check_mends_what_left_the_ball_and_what_is_not_a_number():
+    D, metric = 20, random_metric(20, 1e6, seed=3)
+    seeds, radii = seeds_of(4, D), torch.tensor([0.0, 1e-6, 0.5, 2.0], dtype=torch.float64)
+    delta = torch.randn(4, D, generator=gen(4)) * 100
+    delta[3] = torch.nan
+    x, d = Region(metric, seeds, radii).checked(delta)
+    assert (d <= radii).all() and x.min() >= 0 and x.max() <= 1
+    assert torch.equal(x[3], seeds[3].flatten()) and torch.equal(x[0], seeds[0].flatten())
+
+
+@pytest.mark.parametrize("D, condition", [(2, 1), (2, 100), (5, 1), (5, 100)])
+def test_reaches_the_maximum_of_a_concave_function(D, condition):
+    """Against SLSQP on balls and boxes that are active in varying combinations."""
+    metric = random_metric(D, condition, seed=7, dtype=torch.float64)
+    B = 8
+    seeds, radii = seeds_of(B, D, 8, torch.float64), torch.logspace(-1, 0.5, B, dtype=torch.float64)
+    A = torch.randn(D, D, generator=gen(9), dtype=torch.float64)
+    Q, goal = A @ A.T / D + 0.1 * torch.eye(D), 1.5 * torch.randn(D, generator=gen(10), dtype=torch.float64)
+    found = attack(Function(lambda x: -((x - goal) @ Q * (x - goal)).sum(1)), metric, seeds, radii,
+                   steps=300, restarts=4, generator=gen(11))
+    M = (metric.comp_vecs.T / metric.singular_values @ metric.comp_vecs).numpy()
+    Qn, gn = Q.numpy(), goal.numpy()
+    for b in range(B):
+        x0, R = seeds[b].flatten().numpy(), radii[b].item()
+        best = minimize(lambda x: (x - gn) @ Qn @ (x - gn), x0, jac=lambda x: 2 * Qn @ (x - gn), method="SLSQP",
+                        bounds=[(0, 1)] * D, options={"ftol": 1e-14, "maxiter": 500},
+                        constraints={"type": "ineq", "fun": lambda x, x0=x0, R=R: R * R - (x - x0) @ M @ (x - x0),
+                                     "jac": lambda x, x0=x0: -2 * M @ (x - x0)})
+        assert found.attack_score[b].item() == pytest.approx(-best.fun, abs=1e-3 * max(1, abs(best.fun)))
+
+
+def test_reaches_the_maximum_over_a_grid():
+    metric, net = random_metric(2, 10, seed=1), small_net(2, seed=5)
+    seeds, radii = seeds_of(10, 2, 3), torch.linspace(0.1, 1.5, 10, dtype=torch.float64)
+    found = attack(net, metric, seeds, radii, steps=60, restarts=10, generator=gen(0))
+    side = torch.linspace(0, 1, 401)
+    grid = torch.cartesian_prod(side, side)
+    for b in range(10):
+        inside = distances(metric, grid, seeds[b].flatten()) <= radii[b]
+        assert found.attack_score[b] >= net.attack_score(grid[inside]).max() - 1e-3
+
+
+def test_more_work_is_never_worse():
+    metric, net = random_metric(30, 1e3, seed=2), small_net(30)
+    seeds, radii = seeds_of(6, 30), torch.full((6,), 0.5)
+    scores = [attack(net, metric, seeds, radii, steps, restarts, generator=gen(0), batch=6).attack_score
+              for steps, restarts in [(1, 1), (10, 1), (40, 1), (40, 3), (40, 6)]]
+    for less, more in zip(scores, scores[1:], strict=False):
+        assert (more >= less - 1e-6).all()
+
+
+def test_deterministic_and_independent_of_batch_and_leaves_the_global_generator():
+    metric, net = random_metric(20, 1e3, seed=3), small_net(20)
+    net = Function(lambda x, f=net.attack_score: f(x))
+    seeds, radii = seeds_of(7, 20, dtype=torch.float64), torch.linspace(0.1, 1, 7)
+    metric = PCAMetric(metric.comp_vecs.double(), metric.singular_values.double())
+    state = torch.get_rng_state()
+    first, *others = [attack(net, metric, seeds, radii, 15, 6, generator=gen(4), batch=batch)
+                      for batch in (500, 500, 1, 3, 10)]
+    assert torch.equal(first.samples, others[0].samples) and torch.equal(state, torch.get_rng_state())
+    for other in others[1:]:
+        assert torch.allclose(first.samples, other.samples, atol=1e-6)
+        assert torch.allclose(first.attack_score, other.attack_score, atol=1e-6)
+    assert not torch.equal(first.samples, attack(net, metric, seeds, radii, 15, 6, generator=gen(5)).samples)
+
+
+def test_radius_zero_is_the_seed():
+    metric, net, seeds = random_metric(10, 100, seed=3), small_net(10), seeds_of(4, 10)
+    found = attack(net, metric, seeds, torch.zeros(4), steps=5, restarts=3, generator=gen(0))
+    assert torch.equal(found.samples, seeds) and (found.distance == 0).all() and (found.restart == -1).all()
+
+
+def test_starts_are_uniform_in_the_ball():
+    radius = unit_ball(123, list(range(4000)), 3).norm(dim=1)
+    share = radius.sort().values ** 3                                   # uniform in [0, 1]
+    assert (share - torch.linspace(0, 1, 4000)).abs().max() < 0.03
+    assert torch.equal(unit_ball(123, [5, 7], 3), unit_ball(123, [7, 5], 3).flip(0))
+
+
+@pytest.mark.parametrize("f", [
+    lambda x: x.sum(1) * 0,                                             # flat
+    lambda x: (x.sum(1) - 100).clamp_min(0),                            # flat, gradient exactly 0
+    lambda x: x.sum(1) * torch.nan,
+    lambda x: (x - 0.5).sum(1).log(),                                   # NaN on half the cube
+    lambda x: (x - x.detach()).sum(1).sqrt() + x.sum(1),                # infinite gradient
+    lambda x: -(-x.sum(1) * 30).exp(),                                  # gradients of 1e-30 and less
+])
+def test_bad_gradients_and_scores_do_not_break_it(f):
+    metric, seeds = random_metric(10, 100, seed=3), seeds_of(6, 10)
+    found = attack(Function(f), metric, seeds, torch.full((6,), 0.5), steps=8, restarts=3, generator=gen(0))
+    assert found.samples.isfinite().all() and not found.attack_score.isnan().any()
+    assert (found.distance <= 0.5).all()
+    x = linf_pgd(f, seeds.flatten(1), 0.1, 5, gen(0))
+    assert x.isfinite().all() and (x - seeds.flatten(1)).abs().max() <= 0.1001
+
+
+def test_vanishing_gradients_are_still_followed():
+    """A saturated softmax has gradients whose squares underflow in float32."""
+    metric, seeds = random_metric(10, 10, seed=3), torch.full((1, 1, 1, 10), 0.1)
+    f = Function(lambda x: 1e-25 * x.sum(1))
+    found = attack(f, metric, seeds, torch.ones(1), steps=30, restarts=1, generator=gen(0))
+    assert found.samples.mean() > 0.2
+
+
+def test_progress_counts_to_steps():
+    told = []
+    attack(small_net(6), random_metric(6, 10, 0), seeds_of(5, 6), torch.ones(5), steps=9, restarts=4,
+           generator=gen(0), batch=7, progress=told.append)
+    assert sum(told) == 9 and all(isinstance(n, int) and n > 0 for n in told)
+
+
+def test_wrong_arguments_are_refused():
+    metric, net, seeds = random_metric(6, 10, 0), small_net(6), seeds_of(3, 6)
+    for bad_seeds, bad_radii in [(seeds + 1, torch.ones(3)), (seeds, torch.ones(2)), (seeds, -torch.ones(3)),
+                                 (seeds, torch.full((3,), torch.nan)), (seeds * torch.nan, torch.ones(3))]:
+        with pytest.raises(ValueError, match="seeds must lie"):
+            attack(net, metric, bad_seeds, bad_radii, 2, 1)
+    with pytest.raises(ValueError, match="evaluation mode"):
+        attack(net.train(), metric, seeds, torch.ones(3), 2, 1)
+
+
+def test_leaves_parameters_and_detector_alone():
+    class Linear(Detector):
+        def __init__(self):
+            super().__init__(torch.nn.Linear(6, 3), {})
+
+        def forward(self, x):
+            return self.log_softmax(x.flatten(1))
+
+    model, seeds = Linear().eval(), seeds_of(3, 6)
+    attack(model, random_metric(6, 10, 0), seeds, torch.ones(3), 3, 2, generator=gen(0))
+    linf_pgd(model.score, seeds, 0.1, 3, gen(0))
+    assert all(p.grad is None and p.requires_grad for p in model.parameters()) and not model.training
+    assert not seeds.requires_grad
+
+
+@pytest.mark.parametrize("eps", [0.0, 1 / 255, 0.3, 2.0])
+def test_linf_pgd_stays_in_the_box_exactly_and_beats_its_start(eps):
+    x0, net = seeds_of(50, 40), small_net(40)
+    x = linf_pgd(net.attack_score, x0, eps, 15, gen(1))
+    assert (x.double() - x0.double()).abs().max() <= eps + 1e-15 and x.min() >= 0 and x.max() <= 1
+    start = linf_pgd(net.attack_score, x0, eps, 1, gen(1))
+    assert (net.attack_score(x) >= net.attack_score(start)).all()
+    if eps == 0:
+        assert torch.equal(x, x0)
+    else:
+        assert net.attack_score(x).mean() > net.attack_score(start).mean()
+
+
+def test_linf_pgd_reaches_the_maximum_of_a_linear_and_of_a_concave_function():
+    x0, w = seeds_of(20, 12).flatten(1), torch.randn(12, generator=gen(1))
+    x = linf_pgd(lambda x: x @ w, x0, 0.3, 40, gen(2))
+    corner = (x0 + 0.3 * w.sign()).clamp(0, 1)
+    assert torch.allclose(x, corner, atol=1e-6)
+    goal = torch.rand(12, generator=gen(3))
+    x = linf_pgd(lambda x: -(x - goal).square().sum(1), x0, 0.3, 100, gen(2))
+    best = goal.clamp(x0 - 0.3, x0 + 0.3)
+    assert ((x - goal).square().sum(1) - (best - goal).square().sum(1)).max() < 2e-2
+
+
+def test_linf_pgd_starts_are_random_and_reproducible():
+    x0, zero = seeds_of(200, 12), lambda x: 0 * x.flatten(1).sum(1)
+    a, b, c = (linf_pgd(zero, x0, 0.3, 1, gen(s)) for s in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    low, high = (x0 - 0.3).clamp_min(0), (x0 + 0.3).clamp_max(1)
+    share = ((a - low) / (high - low)).flatten().numpy()
+    assert abs(share.mean() - 0.5) < 0.03 and abs(np.var(share) - 1 / 12) < 0.01

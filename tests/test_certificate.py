@@ -1,0 +1,465 @@
+"""The certificates hold, against random points, gradient ascent, grids and published formulas in numpy.
+
+`python -m tests.test_certificate` prints the gap of both methods to the true maximum, and the speed.
+"""
+
+import copy
+import math
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import brentq
+from scipy.special import logsumexp
+
+from models import CCU, GMM, PCAMetric, certified_radius, confidence_bound
+from models.certificate import ball_max, peak
+
+VARIANCES = ("4x", "larger", "any", "equal", "nearly")     # the out-variances against the in-variances
+
+
+class Sure(torch.nn.Module):
+    """A classifier that is certain of class 0 everywhere: the confidence is what the mixtures allow."""
+
+    spec = {}
+
+    def __init__(self, classes: int):
+        super().__init__()
+        self.classes = classes
+
+    def forward(self, x):
+        return torch.nn.functional.one_hot(torch.zeros(len(x), dtype=torch.long), self.classes).to(x.dtype) * 1e4
+
+
+class Linear(torch.nn.Linear):
+    """A classifier whose confidence depends on x."""
+
+    spec = {}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small tensors: threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_ccu(seed: int, D=2, K=5, L=5, variances="4x", classes=10, loglam=0.0, single=False, sure=True,
+             low=0.05, high=0.4) -> CCU:
+    """A float32 CCU of random mixtures in the cube [-1, 1]^D, with a random metric; in-variances in [low, high]."""
+    g = torch.Generator().manual_seed(seed)
+
+    def uniform(a, b, *shape):
+        return a + (b - a) * torch.rand(*shape, generator=g)
+
+    def log_weights(n):
+        return uniform(0, 2, n).log_softmax(0)
+
+    V = torch.linalg.qr(torch.randn(D, D, generator=g))[0]
+    metric = PCAMetric(V, uniform(math.log(0.5), math.log(2), D).exp())
+    logvar_in = uniform(math.log(low), math.log(high), K)
+    logvar_out = uniform(math.log(low), math.log(high), L)
+    if variances in ("4x", "larger"):
+        logvar_out = (logvar_out + 1).clamp_min(logvar_in.max() + (math.log(4) if variances == "4x" else 0.01))
+    elif variances in ("equal", "nearly"):
+        logvar_in = logvar_in[:1].expand(K).clone()
+        logvar_out = logvar_in[:1].expand(L) + (uniform(-1e-5, 1e-5, L) if variances == "nearly" else 0)
+    gmm_in = GMM(uniform(-1, 1, K, D), logvar_in, log_weights(K), metric)
+    gmm_out = None if single else GMM(uniform(-1, 1, L, D), logvar_out, log_weights(L), metric)
+    base = Sure(classes) if sure else Linear(D, classes)
+    return CCU(base, gmm_in, gmm_out, loglam, classes)
+
+
+def in_float64(ccu: CCU) -> CCU:
+    return copy.deepcopy(ccu).double()
+
+
+@st.composite
+def ccus(draw, max_dim=20, **fixed) -> CCU:
+    options = {
+        "D": draw(st.integers(2, max_dim)), "K": draw(st.integers(1, 8)), "L": draw(st.integers(1, 8)),
+        "variances": draw(st.sampled_from(VARIANCES)), "classes": draw(st.sampled_from([2, 10, 100])),
+        "loglam": draw(st.floats(-3, 3)), "single": draw(st.sampled_from([False, False, False, True])),
+        "sure": draw(st.sampled_from([True, True, False])), **fixed}
+    return make_ccu(draw(st.integers(0, 2 ** 32)), **options)
+
+
+def points_and_radii(ccu: CCU, seed: int, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """n points (the first is a mu_k, others near and far), and certified (tight) and random radii [n] for them."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, ccu.gmm_in.metric.dim, generator=g) * torch.linspace(0.3, 3, n)[:, None]
+    x[0] = ccu.gmm_in.mu[0].detach()
+    ratio = 1 + 0.1 * (ccu.classes - 1) / 9
+    return x, certified_radius(ccu, x, ratio), 2 * torch.rand(n, generator=g, dtype=torch.float64)
+
+
+def step_into_ball(metric: PCAMetric, x: torch.Tensor, u: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
+    """Pixel-space points x + (what has coordinates u), pulled back to d(x, x') <= radius where they left the ball."""
+    delta = metric.inverse(u)
+    distance = metric.transform(delta).norm(dim=1)
+    return x + delta * (radius / distance.clamp_min(torch.finfo(x.dtype).tiny)).clamp_max(1)[:, None]
+
+
+def log_ratio(ccu: CCU, x: torch.Tensor) -> torch.Tensor:
+    log_in, log_out = ccu.log_densities(x)
+    return log_in - log_out
+
+
+def worst_confidence(ccu: CCU, x, radius, seed: int, samples: int, starts: int, steps: int):
+    """The largest confidence [B] of a float64 `ccu` found in the balls, and the number of points evaluated."""
+    g = torch.Generator().manual_seed(seed)
+    (B, D), metric = x.shape, ccu.gmm_in.metric
+
+    def in_ball(n):
+        u = torch.randn(B * n, D, generator=g, dtype=torch.float64)
+        length = radius.repeat_interleave(n) * torch.rand(B * n, generator=g, dtype=torch.float64) ** (1 / D)
+        length[::2] = radius.repeat_interleave(n)[::2]                          # half of them on the sphere
+        return u / u.norm(dim=1, keepdim=True) * length[:, None]
+
+    def confidence(points):
+        with torch.no_grad():
+            return ccu(points).amax(1).exp().reshape(B, -1).amax(1)
+
+    def spread(n):
+        return x.repeat_interleave(n, 0), radius.repeat_interleave(n)
+
+    worst = confidence(step_into_ball(metric, spread(samples)[0], in_ball(samples), spread(samples)[1]))
+    start, limit = spread(starts)
+    u = in_ball(starts)
+    for step in range(steps):                           # normalised ascent on log p(x|i)/p(x|o) in z
+        points = step_into_ball(metric, start, u, limit).requires_grad_()
+        gradient = metric.gradient(torch.autograd.grad(log_ratio(ccu, points).sum(), points)[0])
+        u = metric.transform(points.detach() - start)
+        size = limit * 0.5 * 0.02 ** (step / steps)
+        u = u + gradient / gradient.norm(dim=1, keepdim=True).clamp_min(1e-300) * size[:, None]
+        worst = torch.maximum(worst, confidence(step_into_ball(metric, start, u, limit)))
+    return worst, B * (samples + starts * steps)
+
+
+def test_no_confidence_above_the_bound():
+    evaluated = 0
+
+    @settings(max_examples=60, deadline=None, derandomize=True, database=None)
+    @given(ccus(), st.integers(0, 2 ** 32))
+    def holds(ccu, seed):
+        nonlocal evaluated
+        x, certified, random = points_and_radii(ccu, seed, 6)
+        bounds = {}
+        for radius in (certified, random):
+            worst, n = worst_confidence(in_float64(ccu), x.double(), radius, seed, 1000, 25, 40)
+            evaluated += n
+            for method in ("tight", "paper"):
+                bounds[method] = confidence_bound(ccu, x, radius, method)
+                assert (worst <= bounds[method] + 1e-9).all(), (method, (worst - bounds[method]).max())
+            assert (bounds["tight"] <= bounds["paper"]).all()
+
+    holds()
+    assert evaluated >= 1_000_000
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+@given(ccus(max_dim=8, low=0.2, high=2.0), st.integers(0, 2 ** 32))
+def test_a_float32_model_stays_below_the_bound(ccu, seed):
+    x, certified, _ = points_and_radii(ccu, seed, 6)
+    metric, n = ccu.gmm_in.metric, 1000
+    u = torch.randn(6 * n, metric.dim, generator=torch.Generator().manual_seed(seed))
+    u = u / u.norm(dim=1, keepdim=True) * certified.float().repeat_interleave(n)[:, None]
+    with torch.no_grad():
+        points = step_into_ball(metric, x.repeat_interleave(n, 0), u, certified.float().repeat_interleave(n))
+        worst = ccu(points).amax(1).exp().reshape(6, n).amax(1)
+    assert (worst <= confidence_bound(ccu, x, certified) + 1e-5).all()
+
+
+# In two dimensions: the true maximum
+
+
+def disc() -> torch.Tensor:
+    """A grid of 20,000 points in the unit disc, 200 of them on its edge."""
+    angle = torch.arange(200, dtype=torch.float64) * (2 * math.pi / 200)
+    length = torch.linspace(0, 1, 100, dtype=torch.float64).sqrt()[:, None]
+    return torch.stack([length * angle.cos(), length * angle.sin()], 2).reshape(-1, 2)
+
+
+def gaps(variances: str, examples: int, points=10) -> dict[str, torch.Tensor]:
+    """log b - (maximum of log p(x|i)/p(x|o) over the ball), for a sure classifier, both methods, from a grid."""
+    found = {"tight": [], "paper": []}
+    for seed in range(examples):
+        ccu = make_ccu(seed, variances=variances)
+        exact = in_float64(ccu)
+        g = torch.Generator().manual_seed(seed)
+        x, radius = torch.randn(points, 2, generator=g), torch.rand(points, generator=g).double() + 0.05
+        for i in range(points):
+            with torch.no_grad():
+                ball = step_into_ball(exact.gmm_in.metric, x[i].double(), disc() * radius[i], radius[i])
+                true = log_ratio(exact, ball).max()
+            for method in found:
+                bound = confidence_bound(ccu, x[i:i + 1], radius[i], method)[0]
+                found[method].append(torch.logit((bound - 0.1) / 0.9) - true)
+    return {method: torch.stack(values) for method, values in found.items()}
+
+
+@pytest.mark.parametrize("variances", ["4x", "larger", "any", "equal"])
+def test_tight_in_two_dimensions(variances):
+    gap = gaps(variances, examples=8)
+    assert gap["tight"].min() > -1e-9 and (gap["tight"] <= gap["paper"] + 1e-9).all()
+    assert gap["tight"].median() < 0.35 and gap["tight"].median() < 0.5 * gap["paper"].median()
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(ccus(K=1, L=1, single=False, sure=True, classes=10), st.integers(0, 2 ** 32))
+def test_one_pair_is_exact(ccu, seed):
+    """With one component each, the maximum is on the line through x0 along the gradient: found on a fine grid."""
+    x, _, radius = points_and_radii(ccu, seed, 4)
+    exact = in_float64(ccu)
+    metric = exact.gmm_in.metric
+    points = x.double().requires_grad_()
+    direction = metric.gradient(torch.autograd.grad(log_ratio(exact, points).sum(), points)[0])
+    direction = direction / direction.norm(dim=1, keepdim=True).clamp_min(1e-300)
+    share = torch.linspace(0, 1, 20001, dtype=torch.float64)
+    for i in range(4):
+        line = points[i].detach() + metric.inverse(share[:, None] * radius[i] * direction[i])
+        with torch.no_grad():
+            true = log_ratio(exact, line).max()
+        bound = confidence_bound(ccu, x[i:i + 1], radius[i])[0]
+        odds = torch.exp(true - exact.loglam)
+        expected = (1 + 10 * odds) / (10 * (1 + odds))
+        # the metric's float32 rows are orthonormal to 1e-7 only
+        assert abs(bound - expected) < 1e-5
+
+
+# Against the published formulas
+
+
+def numpy_mixtures(ccu: CCU):
+    """(centres in z, variances, log(weight c)) of both mixtures, and the coordinates' map, in numpy."""
+    metric = ccu.gmm_in.metric
+    s = metric.singular_values.numpy().astype(np.float64)
+    W = metric.comp_vecs.numpy().astype(np.float64) / np.sqrt(s)[:, None]
+    out = []
+    for gmm in (ccu.gmm_in, ccu.gmm_out):
+        var = np.exp(gmm.logvar.detach().numpy().astype(np.float64))
+        log_c = gmm.alpha.numpy().astype(np.float64) - len(s) / 2 * np.log(2 * np.pi * var) - np.log(s).sum() / 2
+        out.append((gmm.mu.detach().numpy().astype(np.float64) @ W.T, var, log_c))
+    return *out, W
+
+
+def published_log_b(ccu: CCU, x: np.ndarray, R: float) -> float:
+    (mu, var_in, log_in), (nu, var_out, log_out), W = numpy_mixtures(ccu)
+    d_in, d_out = (np.linalg.norm(W @ x - centres, axis=1) for centres in (mu, nu))
+    upper = logsumexp(log_in - np.maximum(d_in - R, 0) ** 2 / 2 / var_in)
+    return upper - logsumexp(log_out - (d_out + R) ** 2 / 2 / var_out) - float(ccu.loglam)
+
+
+def pairwise_log_b(ccu: CCU, x: np.ndarray, R: float) -> float:
+    """min_l sum_k, by the centres c_kl of the pairs' quadratics; for theta != sigma."""
+    (mu, var_in, log_in), (nu, var_out, log_out), W = numpy_mixtures(ccu)
+    z, values = W @ x, np.empty((len(mu), len(nu)))
+    for k in range(len(mu)):
+        for j in range(len(nu)):
+            a = 1 / var_in[k] - 1 / var_out[j]
+            c = (mu[k] / var_in[k] - nu[j] / var_out[j]) / a
+            top = -((c - mu[k]) ** 2).sum() / 2 / var_in[k] + ((c - nu[j]) ** 2).sum() / 2 / var_out[j]
+            distance = np.linalg.norm(z - c)
+            reached = max(distance - R, 0) if a > 0 else distance + R
+            values[k, j] = log_in[k] - log_out[j] + top - a / 2 * reached ** 2
+    return logsumexp(values, axis=0).min() - float(ccu.loglam)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(ccus(single=False), st.integers(0, 2 ** 32))
+def test_paper_is_the_published_bound(ccu, seed):
+    M = ccu.classes
+    x, _, radius = points_and_radii(ccu, seed, 6)
+    b = np.exp([published_log_b(ccu, p, r) for p, r in zip(x.double().numpy(), radius.tolist(), strict=True)])
+    assert np.allclose(confidence_bound(ccu, x, radius, "paper"), (1 + M * b) / (M * (1 + b)), rtol=0, atol=1e-9)
+
+    ratio = 1 + 0.1 * (M - 1) / 9
+    target = math.log((ratio - 1) / (M - ratio))
+    for p, R in zip(x.double().numpy(), certified_radius(ccu, x, ratio, "paper").tolist(), strict=True):
+        if published_log_b(ccu, p, 0) > target:
+            assert R == 0
+        else:
+            expected = brentq(lambda r, p=p: published_log_b(ccu, p, r) - target, 0, 1e3, xtol=1e-13, rtol=1e-12)
+            assert expected * (1 - 1e-8) - 1e-12 <= R <= expected * (1 + 1e-12) + 1e-12
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(ccus(single=False, variances="4x"), ccus(single=False, variances="any"), st.integers(0, 2 ** 32))
+def test_tight_is_never_above_the_pairwise_bound(above, mixed, seed):
+    for ccu in (above, mixed):
+        x, _, radius = points_and_radii(ccu, seed, 4)
+        b = np.exp([pairwise_log_b(ccu, p, r) for p, r in zip(x.double().numpy(), radius.tolist(), strict=True)])
+        pairwise = 1 / ccu.classes + (1 - 1 / ccu.classes) / (1 + 1 / b)
+        assert (confidence_bound(ccu, x, radius).numpy() <= pairwise + 1e-9).all()
+
+
+def test_bound_at_radius_zero_is_the_confidence():
+    for seed in range(10):
+        ccu = make_ccu(seed, D=6, variances=VARIANCES[seed % 5], single=seed == 7, loglam=seed / 5 - 1)
+        x = torch.randn(50, 6)
+        exact = in_float64(ccu)(x.double()).amax(1).exp()
+        assert torch.allclose(confidence_bound(ccu, x, 0.0), exact, rtol=0, atol=1e-9)
+
+
+# The quadratic
+
+
+@pytest.mark.parametrize("a", [3.0, 1e-3, 1e-12, 0.0, -1e-12, -2.0])
+def test_ball_max_is_the_maximum_over_the_ball(a):
+    u = disc() * 1.3
+    for g in (torch.tensor([0.0, 0.0]), torch.tensor([0.3, 0.4]), torch.tensor([-3.0, 4.0])):
+        g, curvature = g.double(), torch.tensor(a).double()
+        length, R = torch.tensor(1.3).double(), g.norm()
+        on_grid = (u @ g - a / 2 * u.square().sum(1)).max()
+        found = ball_max(torch.zeros(()).double(), R, curvature, peak(R, curvature), length)
+        assert on_grid - 1e-12 <= found <= on_grid + 5e-3
+
+
+@pytest.mark.parametrize("change", [-1e-3, -1e-6, 0.0, 1e-6, 1e-3])
+def test_equal_variances_are_no_special_case(change):
+    """theta -> sigma: the bound passes smoothly through theta = sigma, where the log-ratio is linear."""
+    equal = make_ccu(3, D=5, K=4, L=4, variances="equal")
+    near = copy.deepcopy(equal)
+    with torch.no_grad():
+        near.gmm_out.logvar += change
+    x = torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
+    for method in ("tight", "paper"):
+        here, there = confidence_bound(equal, x, 0.5, method), confidence_bound(near, x, 0.5, method)
+        assert (here - there).abs().max() <= 100 * abs(change)
+
+
+def test_equal_mixtures_have_odds_one():
+    """p(x|i) = p(x|o): every gradient is 0, and the bound must not divide by it."""
+    ccu = make_ccu(0, D=4, K=3, L=3, variances="equal")
+    ccu.gmm_out.load_state_dict(ccu.gmm_in.state_dict())
+    bound = confidence_bound(ccu, torch.randn(20, 4), torch.linspace(0, 0.2, 20))
+    assert (bound >= 0.55).all() and bound[0] < 0.55 + 1e-9
+
+
+# The radius
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(ccus(loglam=0.0), st.integers(0, 2 ** 32), st.sampled_from(["tight", "paper"]))
+def test_radius_is_the_largest_that_holds(ccu, seed, method):
+    M, x = ccu.classes, points_and_radii(ccu, seed, 8)[0]
+    ratios = [1 + share * (M - 1) for share in (0.01, 0.05, 0.3)]
+    radii = torch.stack([certified_radius(ccu, x, ratio, method) for ratio in ratios])
+    assert (radii >= 0).all() and radii.dtype == torch.float64 and (radii.diff(dim=0) >= 0).all()
+    everywhere = 2 * (ccu.gmm_in.metric.dim ** 0.5 + x.norm(dim=1))             # at least: s >= 0.5
+    for ratio, R in zip(ratios, radii, strict=True):
+        centre = confidence_bound(ccu, x, 0.0, method) <= ratio / M
+        assert (confidence_bound(ccu, x, R, method)[centre] <= ratio / M).all()
+        assert (R[~centre] == 0).all()
+        beyond = confidence_bound(ccu, x, R * (1 + 1e-8) + 1e-11, method)
+        assert ((beyond > ratio / M) | (everywhere < R))[centre].all()
+
+
+def test_tight_radius_is_never_below_the_papers():
+    for seed in range(20):
+        ccu = make_ccu(seed, D=8, variances=VARIANCES[seed % 5])
+        x = 2 * torch.randn(50, 8, generator=torch.Generator().manual_seed(seed))
+        tight, paper = (certified_radius(ccu, x, method=method) for method in ("tight", "paper"))
+        assert (tight >= paper * (1 - 1e-9)).all()
+
+
+def test_bound_grows_with_the_radius():
+    ccu, radii = make_ccu(1, D=7, variances="any"), torch.linspace(0, 20, 400)
+    for x in torch.randn(5, 7, generator=torch.Generator().manual_seed(0)):
+        for method in ("tight", "paper"):
+            bound = confidence_bound(ccu, x.expand(400, 7), radii, method)
+            assert (bound.diff() >= 0).all() and bound[-1] <= 1
+
+
+def test_radius_where_nothing_exceeds_the_bound():
+    """lam so large that no point is confident: the radius is finite, verified, and covers the unit cube."""
+    for single in (True, False):
+        ccu, x = make_ccu(2, D=3, loglam=60.0, single=single), torch.rand(5, 3)
+        R = certified_radius(ccu, x)
+        corner = ccu.gmm_in.metric.transform(torch.ones(1, 3) + x).norm(dim=1)
+        assert R.isfinite().all() and (corner < R).all() and (confidence_bound(ccu, x, R) <= 0.11).all()
+    assert (confidence_bound(ccu, x, 1e300) == 1).all()
+
+
+# The interface
+
+
+def test_points_of_any_shape_type_and_batch():
+    ccu = make_ccu(5, D=16)
+    x = torch.rand(300, 1, 4, 4)
+    together = certified_radius(ccu, x)
+    assert torch.allclose(certified_radius(ccu, x.flatten(1).double()), together, rtol=1e-9)
+    alone = torch.cat([certified_radius(ccu, x[i:i + 1]) for i in range(20)])
+    assert torch.allclose(alone, together[:20], rtol=1e-8)
+    assert (torch.cat([confidence_bound(ccu, x[i:i + 1], together[i]) for i in range(20)]) <= 0.11).all()
+    assert confidence_bound(ccu, x[:0], 1.0).shape == certified_radius(ccu, x[:0]).shape == (0,)
+
+
+def test_blocks_do_not_change_the_result(monkeypatch):
+    ccu, x = make_ccu(5, D=16), torch.rand(30, 16)
+    whole = confidence_bound(ccu, x, torch.linspace(0, 1, 30))
+    monkeypatch.setattr("models.certificate.BLOCK", 100)
+    assert torch.allclose(confidence_bound(ccu, x, torch.linspace(0, 1, 30)), whole, rtol=0, atol=1e-12)
+
+
+def test_the_model_is_left_alone():
+    ccu = make_ccu(5)
+    before = copy.deepcopy(ccu).state_dict()
+    certified_radius(ccu, torch.rand(4, 2))
+    assert ccu.gmm_in.mu.requires_grad and ccu.gmm_in.mu.grad is None
+    for name, value in ccu.state_dict().items():
+        assert value.dtype == before[name].dtype and torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda ccu, x: certified_radius(ccu, x, ratio=1.0), "ratio"),
+    (lambda ccu, x: certified_radius(ccu, x, ratio=10.0), "ratio"),
+    (lambda ccu, x: certified_radius(ccu, x, ratio=math.nan), "ratio"),
+    (lambda ccu, x: certified_radius(ccu, x, method="best"), "method"),
+    (lambda ccu, x: confidence_bound(ccu, x, 1.0, "best"), "method"),
+    (lambda ccu, x: confidence_bound(ccu, x, -1.0), "radius"),
+    (lambda ccu, x: confidence_bound(ccu, x, math.inf), "radius"),
+    (lambda ccu, x: confidence_bound(ccu, x, math.nan), "radius"),
+    (lambda ccu, x: confidence_bound(ccu, x, torch.ones(3)), "radius"),
+    (lambda ccu, x: confidence_bound(ccu, x[:, :1], 1.0), "points"),
+    (lambda ccu, x: certified_radius(ccu, x * math.nan), "points"),
+])
+def test_wrong_arguments_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(make_ccu(0), torch.rand(4, 2))
+
+
+# `python -m tests.test_certificate`
+
+
+def log_excess(radius: float, ccu: CCU, x: torch.Tensor, method: str) -> float:
+    """log b at `radius` less the logarithm of 0.1 / (10 - 1.1): smoother than the confidence, kinder to brentq."""
+    bound = confidence_bound(ccu, x, radius, method)
+    return float(((bound - 0.1) / (1 - bound)).log() - math.log(0.1 / 8.9)) if bound < 1 else 1e3
+
+
+def benchmark(n=1000, D=784, K=100):
+    """Gaps in two dimensions, and seconds for n points against brentq on the same bound, point by point."""
+    for variances in VARIANCES:
+        for method, gap in gaps(variances, examples=20).items():
+            print(f"gap of log b, D = 2, {variances:7} {method}: median {gap.median():.3f}, mean {gap.mean():.3f}, "
+                  f"90 % {gap.quantile(0.9):.3f}")
+    ccu = make_ccu(0, D=D, K=K, L=K)
+    x = torch.rand(n, D)
+    for method in ("paper", "tight"):
+        start = time.perf_counter()
+        certified_radius(ccu, x, method=method)
+        ours = (time.perf_counter() - start) / n
+        start = time.perf_counter()
+        for point in x[:3].split(1):
+            brentq(log_excess, 0, 1e3, args=(ccu, point, method), rtol=1e-9)
+        print(f"{method}: {n * ours:.2f} s for {n} points; brentq {(time.perf_counter() - start) / 3 / ours:.0f} times")
+
+
+if __name__ == "__main__":
+    benchmark()
