@@ -19,16 +19,16 @@ import time
 import pandas as pd
 import torch
 from tqdm import tqdm
-from utils.attack import attack
 
 import model_paths
 import params
 from models import CCU, certified_radius, confidence_bound
 from utils import cli, evaluation, files, tables
+from utils.attack import attack
 from utils.data import load_in_dist, load_ood
 from utils.errors import UserError
 from utils.out_data import load_out, resolve
-from utils.registry import load_models
+from utils.registry import load_models, name_untrained
 
 BALLS = {True: "CCU", False: "CCUs"}        # --fit_out: whose certificate gives the radii
 
@@ -43,6 +43,8 @@ def main(args):
     stem = args.output or model_paths.RESULTS / f"table1_{'_'.join(jobs)}_{time.strftime('%Y%m%d-%H%M%S')}"
     rows, notes, written = {}, [f"command: {files.run_record(args)['command']}"], []
     for dataset, (models, metric, test, seeds, radii) in jobs.items():
+        if args.models is None:
+            name_untrained(dataset)
         start = time.monotonic()
         parts = unit_folder(dataset, models, seeds, radii, args)
         result = {label: attack_model(label, model, metric, seeds, radii, parts, args, device)
@@ -84,8 +86,8 @@ def describe_balls(args, radii) -> str:
 def prepare(dataset: str, args, device):
     """Models, metric, test images, seeds [N, C, H, W] and certified radii [N] of one data set."""
     ball = BALLS[args.fit_out]
+    ccu = load_models(dataset, [ball], device)[ball]
     models = load_models(dataset, args.models, device)
-    ccu = models[ball] if ball in models else load_models(dataset, [ball], device)[ball]
     test = load_in_dist(dataset, "test", args.data_dir, args.download)
     shape = tuple(test.images.shape[1:])
     if args.load_seeds:

@@ -13,17 +13,21 @@ import time
 import pandas as pd
 
 import model_paths
+import params
 from utils import cli, evaluation, files, tables
 from utils.data import load_in_dist, load_ood, load_ood_folder
-from utils.errors import MissingData, UserError
-from utils.registry import load_models
+from utils.errors import MissingData
+from utils.registry import load_models, name_untrained
 
 
 def main(args):
     device = cli.device(args.gpu)
+    folders = dict(cli.assignment(item, "--ood") for item in args.ood)
     models = load_models(args.dataset, args.models, device)
     test = load_in_dist(args.dataset, "test", args.data_dir, args.download)
-    sets = ood_sets(args, test)
+    sets = ood_sets(args, folders, test)
+    if args.models is None:
+        name_untrained(args.dataset)
     test_gpu = test.to(device)
 
     scores, test_errors = {}, {}
@@ -54,21 +58,15 @@ def main(args):
     print("", *(f"wrote {path}" for path in written), sep="\n")
 
 
-def ood_sets(args, test) -> dict:
+def ood_sets(args, folders, test) -> dict:
     """name -> images of the OOD sets that are there; a line for each that is not."""
-    import params
     sets = {}
     for name in params.DATASETS[args.dataset].ood:
         try:
             sets[name] = load_ood(name, test, args.data_dir, args.download, args.seed)
         except MissingData as error:
             print(f"left out: {error}", file=sys.stderr)
-    for item in args.ood:
-        name, _, folder = item.partition("=")
-        if not name or not folder:
-            raise UserError(f"--ood {item}: write NAME=FOLDER")
-        sets[name] = load_ood_folder(name, folder, test)
-    return sets
+    return sets | {name: load_ood_folder(name, folder, test) for name, folder in folders.items()}
 
 
 def make_table(models, sets, scores, metric, with_mmc: bool) -> pd.DataFrame:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from conftest import run_script
 from sklearn.metrics import roc_auc_score
 
-from conftest import run_script
 from utils import files, load_model
 from utils.data import load_in_dist, load_ood
 

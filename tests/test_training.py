@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
+from conftest import run_script
 
 import utils.training as training
-from conftest import run_script
 from models import CCU
 from utils import load_model
 from utils.objectives import CEDA_GMM, OE

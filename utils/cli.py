@@ -75,6 +75,14 @@ def name(text: str) -> str:
     return text
 
 
+def assignment(text: str, option: str) -> tuple[str, str]:
+    """NAME=FOLDER -> (NAME, FOLDER)."""
+    key, _, folder = text.partition("=")
+    if not key or not folder:
+        raise UserError(f"{option} {text}: write NAME=FOLDER")
+    return key, folder
+
+
 def _number(kind, low, high, open_low):
     def parse(text: str):
         try:

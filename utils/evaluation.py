@@ -42,7 +42,7 @@ def auroc(scores_in: Tensor, scores_out: Tensor) -> float:
 
 
 def average_precision(scores_in: Tensor, scores_out: Tensor) -> float:
-    """Average precision in percent, OOD positive (pytorch-ood's AUPR-OUT)."""
+    """Average precision in percent, OOD positive: the step sum, where pytorch-ood's AUPR-OUT is a trapezoid."""
     from sklearn.metrics import average_precision_score
     return 100 * average_precision_score(*_ood_positive(scores_in, scores_out))
 

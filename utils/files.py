@@ -148,9 +148,11 @@ def run_record(args, **more) -> dict:
     commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], text=True, capture_output=True,
                             cwd=Path(__file__).parent.parent).stdout.strip() if _has_git() else ""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "options": vars(args),
-            "commit": commit or None, "time": time.strftime("%Y-%m-%d %H:%M:%S"), "python": platform.python_version(),
-            "torch": torch.__version__, "threads": torch.get_num_threads(), "gpu": gpu, **more}
+    record = {"command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "options": vars(args),
+              "commit": commit or None, "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+              "python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads(),
+              "gpu": gpu, **more}
+    return json.loads(json.dumps(record, default=str))      # plain values only, whatever they were
 
 
 def _has_git() -> bool:

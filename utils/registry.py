@@ -13,19 +13,23 @@ from utils.errors import UserError, check_name
 def load_models(dataset: str, labels: list[str] | None, device: torch.device) -> dict[str, Detector]:
     """label -> model in evaluation mode, in the tables' order.
 
-    Without `labels` all that exist; of the tables' labels that do not, the command that makes each is printed.
-    A label asked for that does not exist is an error.
+    Without `labels` all that exist.  A label asked for that does not exist is an error.
     """
     found = model_paths.trained(dataset)
+    if not found and not labels:
+        raise UserError(f"no {dataset} model is trained yet; begin with {model_paths.command(dataset, 'Base')}")
     if labels is None:
         labels = list(found)
-        for label in model_paths.LABELS:
-            if label not in found:
-                print(f"no model {label}; make it: {model_paths.command(dataset, label)}", file=sys.stderr)
     for label in labels:
         check_name(label, {**found, **model_paths.LABELS}, "model")
         if label not in found:
             raise UserError(f"there is no {dataset} model {label}; make it: {model_paths.command(dataset, label)}")
-    if not labels:
-        raise UserError(f"no {dataset} model is trained yet; begin with {model_paths.command(dataset, 'Base')}")
     return {label: files.load_model(found[label], device) for label in labels}
+
+
+def name_untrained(dataset: str) -> None:
+    """Of the tables' labels that are not trained, the command that makes each, on stderr."""
+    found = model_paths.trained(dataset)
+    for label in model_paths.LABELS:
+        if label not in found:
+            print(f"no model {label}; make it: {model_paths.command(dataset, label)}", file=sys.stderr)
