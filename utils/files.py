@@ -96,7 +96,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> models.D
         model.meta = dict(checkpoint["meta"])
     except Exception as error:
         raise UserError(f"{path} does not hold a model of ours: {_first_line(error)[:200]}") from error
-    return model.to(device, memory_format=torch.channels_last).eval()
+    return model.to(device).eval()
 
 
 def load_state(model: torch.nn.Module, state: dict, assign: bool = False) -> None:
