@@ -19,7 +19,7 @@ $(INSTALLED): requirements.txt
 
 demo: EPOCHS ?= 20
 # ACET attacks every batch: half the epochs, 5 steps instead of 40
-demo: ACET_EPOCHS = $(shell expr $(EPOCHS) / 2)
+demo: ACET_EPOCHS = $(shell expr \( $(EPOCHS) + 1 \) / 2)
 demo: STEPS ?= 60
 demo: RESTARTS ?= 2
 demo: LABELS = Base CEDA ACET CCU
