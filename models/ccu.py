@@ -11,7 +11,7 @@ from models.gmm import GMM
 
 
 class CCU(Detector):
-    """p(y|x) = [ p(y|x,i) p(x|i) + lam/M p(x|o) ] / [ p(x|i) + lam p(x|o) ]   (DESIGN: Model).
+    """p(y|x) = [ p(y|x,i) p(x|i) + lam/M p(x|o) ] / [ p(x|i) + lam p(x|o) ]   (README: Model).
 
     gmm_out=None is the single-mixture variant CCUs: p(x|o) = 1, the uniform density on the cube.
     Both mixtures must share one metric object.  loglam = log p(o)/p(i).

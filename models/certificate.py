@@ -1,4 +1,4 @@
-"""Certified upper bounds on a CCU's confidence in a ball (DESIGN: Certificate).
+"""Certified upper bounds on a CCU's confidence in a ball (README: Certificate).
 
 If p(x|i) <= lam b p(x|o) for all x in the ball d(x, x0) <= R, each of them has
 
@@ -19,7 +19,7 @@ so that for each k, as both mixtures are spherical in one metric, with u = z_x -
 an isotropic quadratic, whose maximum over the ball is exact (ball_max) whether a_k is positive, zero or
 negative.  The bound sums, over k, the smallest of these maxima over several q, none of which depends on R
 (so that the bound grows with R), or is the paper's if that is smaller:
-  - q = one component l: the pairs (k, l) of DESIGN, and sum_k min_l is never above min_l sum_k;
+  - q = one component l: the pairs (k, l), and sum_k min_l is never above min_l sum_k;
   - q = p(l|x0, o): equality in (2) at x0, so that the bound at R = 0 is the confidence of a sure classifier;
   - q = p(l|x*, o) at maximisers x* of (3) over balls of several sizes (mixed_weights).  For sigma < theta, (3)
     is concave in x and convex in q, so that the best q gives the exact maximum for each k; what remains then is

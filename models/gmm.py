@@ -1,4 +1,4 @@
-"""Gaussian mixtures that are spherical in the shared metric (DESIGN: Densities)."""
+"""Gaussian mixtures that are spherical in the shared metric (README: Densities)."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The metric that both mixtures share (DESIGN: Metric)."""
+"""The metric that both mixtures share (README: Metric)."""
 
 import torch
 from torch import Tensor, nn

@@ -1,4 +1,4 @@
-"""Fitting a mixture: EM from a k-means start in the metric's coordinates (DESIGN: Fit)."""
+"""Fitting a mixture: EM from a k-means start in the metric's coordinates (README: Fit)."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What each method minimises (DESIGN: Training, The methods compared).  All losses are means over images."""
+"""What each method minimises (README: Training, Methods).  All losses are means over images."""
 
 import math
 
