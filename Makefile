@@ -61,7 +61,7 @@ tables: results/table2_$(DATASET).csv results/table1_$(DATASET).csv
 results/table2_$(DATASET).csv: $(LABELS:%=$(MODELS)/%.pt) | $(INSTALLED)
 	$(PY) gen_eval.py --dataset $(DATASET) --drop_mmc 0 $(DATA) $(call gpu,Base) --models $(LABELS) --output $(basename $@)
 
-results/table1_$(DATASET).csv: $(LABELS:%=$(MODELS)/%.pt) | $(INSTALLED)
+results/table1_$(DATASET).csv: $(sort $(LABELS:%=$(MODELS)/%.pt) $(MODELS)/CCU.pt) | $(INSTALLED)
 	$(PY) gen_attack_stats.py --datasets $(DATASET) --wide_format 1 --fit_out 1 $(DATA) $(call gpu,CCU) --models $(LABELS) --steps $(STEPS) --restarts $(RESTARTS) --resume 1 --output $(basename $@)
 
 $(MODELS)/%.pt: | $(INSTALLED)

@@ -41,20 +41,23 @@ def main(args):
         raise UserError("--load_seeds holds the seeds of one data set: give one to --datasets")
     jobs = {dataset: prepare(dataset, args, device) for dataset in args.datasets}      # all checks before any work
     stem = args.output or model_paths.RESULTS / f"table1_{'_'.join(jobs)}_{time.strftime('%Y%m%d-%H%M%S')}"
-    rows, notes, written = {}, [f"command: {files.run_record(args)['command']}"], []
+    files.check_writable(stem)
+    rows, notes, written, finished = {}, [f"command: {files.run_record(args)['command']}"], [], []
     for dataset, (models, metric, test, seeds, radii) in jobs.items():
         if args.models is None:
             name_untrained(dataset)
         start = time.monotonic()
-        parts = unit_folder(dataset, models, seeds, radii, args)
-        result = {label: attack_model(label, model, metric, seeds, radii, parts, args, device)
+        parts = {label: unit_folder(dataset, label, model, metric, seeds, radii, args)
+                 for label, model in models.items()}
+        finished += parts.values()
+        result = {label: attack_model(label, model, metric, seeds, radii, parts[label], args, device)
                   for label, model in models.items()}
         scores_in = {}
         for label, model in models.items():
             log_p, scores_in[label] = evaluation.evaluate(model, test.to(device), 1000)
             rows[dataset, label] = statistics(model, log_p, scores_in[label], result[label]["score"], test.labels)
             if args.certify:
-                rows[dataset, label] |= certify(model, metric, seeds.to(device), radii, scores_in[label])
+                rows[dataset, label] |= certify(model, seeds.to(device), radii, scores_in[label])
                 if (bound := rows[dataset, label]["bound"]) is not None:
                     notes.append(f"{dataset}, {label}: MMC {rows[dataset, label]['MMC']:.4f} <= {bound:.4f} certified")
         notes += [f"{dataset}: {describe_balls(args, radii)}", *tables.model_notes(models)]
@@ -66,12 +69,13 @@ def main(args):
             "dataset": dataset, "seeds": seeds, "radii": radii, "models": result,
             "meta": {label: model.meta for label, model in models.items()},
             "scores_in": {label: s.cpu() for label, s in scores_in.items()}, "labels_in": test.labels.cpu()}, backup))
-        shutil.rmtree(parts)
     table = layout(rows, args)
     title = "Table 1: adversarial noise (%)"
     tables.show(table, title)
     print("", *notes, sep="\n")
     written = tables.write(table, stem, title, notes) + written
+    for parts in finished:      # only now is nothing lost that a killed run could need
+        shutil.rmtree(parts)
     print("", *(f"wrote {path}" for path in written), sep="\n")
 
 
@@ -89,7 +93,13 @@ def prepare(dataset: str, args, device):
     """Models, metric, test images, seeds [N, C, H, W] and certified radii [N] of one data set."""
     ball = BALLS[args.fit_out]
     ccu = load_models(dataset, [ball], device)[ball]
-    models = load_models(dataset, args.models, device)
+    if not isinstance(ccu, CCU):
+        raise UserError(f"{model_paths.model(dataset, ball)} is no CCU model and certifies nothing; make one: "
+                        f"{model_paths.command(dataset, ball)}")
+    metric, models = ccu.gmm_in.metric, load_models(dataset, args.models, device)
+    for label, model in models.items():
+        if args.certify and isinstance(model, CCU) and not same_metric(model.gmm_in.metric, metric):
+            raise UserError(f"--certify 1: the metrics of {label} and {ball} differ; leave {label} out of --models")
     test = load_in_dist(dataset, "test", args.data_dir, args.download)
     shape = tuple(test.images.shape[1:])
     if args.load_seeds:
@@ -103,7 +113,7 @@ def prepare(dataset: str, args, device):
             seeds = load_ood(args.seeds, test, args.data_dir, args.download, args.seed, n).floats()
         elif args.out_seeds:
             out = load_out(resolve(args.out_dataset, args.data_dir), test, args.data_dir, args.out_dir, split="test",
-                           n=n, seed=args.seed)
+                           n=n, seed=args.seed, download=args.download)
             if len(out) < n:
                 raise UserError(f"--out_seeds 1: {out.name} has {len(out)} test draws, {n} are asked for")
             seeds = out.floats(slice(n))
@@ -113,7 +123,11 @@ def prepare(dataset: str, args, device):
         radii = torch.full((len(seeds),), args.radius, dtype=torch.float64)
     else:
         radii = certified_radius(ccu, seeds.to(device), params.RATIO, method=args.certificate).cpu()
-    return models, ccu.gmm_in.metric, test, seeds, radii
+    return models, metric, test, seeds, radii
+
+
+def same_metric(a, b) -> bool:
+    return torch.equal(a.comp_vecs, b.comp_vecs) and torch.equal(a.singular_values, b.singular_values)
 
 
 def attack_model(label, model, metric, seeds, radii, parts, args, device) -> dict:
@@ -137,15 +151,15 @@ def attack_model(label, model, metric, seeds, radii, parts, args, device) -> dic
     return {key: torch.cat([unit[key] for unit in units]) for key in units[0]}
 
 
-def unit_folder(dataset, models, seeds, radii, args):
-    """Where finished batches are kept: named after everything that decides them, emptied unless --resume 1."""
+def unit_folder(dataset, label, model, metric, seeds, radii, args):
+    """Where a model's finished batches are kept: named after all that decides them, emptied unless --resume 1."""
     import hashlib
     digest = hashlib.sha256()
-    for part in (dataset, args.steps, args.restarts, args.alpha, args.batch_size, args.seed):
+    for part in (dataset, label, args.steps, args.restarts, args.alpha, args.batch_size, args.seed):
         digest.update(f"{part};".encode())
-    for tensor in (seeds, radii, *(v for m in models.values() for v in m.state_dict().values())):
+    for tensor in (seeds, radii, *metric.state_dict().values(), *model.state_dict().values()):
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    folder = model_paths.BACKUP / f".attack_{dataset}_{digest.hexdigest()[:16]}"
+    folder = model_paths.BACKUP / f".attack_{dataset}_{label}_{digest.hexdigest()[:16]}"
     if folder.exists() and not args.resume:
         shutil.rmtree(folder)
     return folder
@@ -158,14 +172,11 @@ def statistics(model, log_p, scores_in, attacked, labels) -> dict:
             "SR": evaluation.success_rate(attacked, scores_in), "AUC": evaluation.auroc(scores_in, attacked)}
 
 
-def certify(model, metric, seeds, radii, scores_in) -> dict:
+def certify(model, seeds, radii, scores_in) -> dict:
     """What the certificate alone says of the balls that were attacked; None for models that have none."""
     names = [f"R {which} {method}" for method in ("paper", "tight") for which in ("mean", "median")]
     if not isinstance(model, CCU):
         return dict.fromkeys([*names, "bound", "share", "GAUC"])
-    own = model.gmm_in.metric
-    if not (torch.equal(own.comp_vecs, metric.comp_vecs) and torch.equal(own.singular_values, metric.singular_values)):
-        raise UserError("--certify 1: two models have different metrics; give those of one metric to --models")
     certified = [certified_radius(model, seeds, params.RATIO, method=method) for method in ("paper", "tight")]
     bound = confidence_bound(model, seeds, radii.to(seeds.device))
     return {**dict(zip(names, (f(r).item() for r in certified for f in (torch.mean, torch.median)), strict=True)),

@@ -16,15 +16,20 @@ import model_paths
 import params
 from utils import cli, evaluation, files, tables
 from utils.data import load_in_dist, load_ood, load_ood_folder
-from utils.errors import MissingData
+from utils.errors import MissingData, UserError
 from utils.registry import load_models, name_untrained
 
 
 def main(args):
     device = cli.device(args.gpu)
     folders = dict(cli.assignment(item, "--ood") for item in args.ood)
+    if taken := {"orig", *params.DATASETS[args.dataset].ood} & set(folders) or len(folders) < len(args.ood):
+        raise UserError(f"--ood: {'a name stands twice' if taken is True else f'{taken.pop()} is a row already'}; "
+                        "choose another name")
     models = load_models(args.dataset, args.models, device)
     test = load_in_dist(args.dataset, "test", args.data_dir, args.download)
+    stem = args.output or model_paths.RESULTS / f"table2_{args.dataset}_{time.strftime('%Y%m%d-%H%M%S')}"
+    files.check_writable(stem)
     sets = ood_sets(args, folders, test)
     if args.models is None:
         name_untrained(args.dataset)
@@ -40,7 +45,6 @@ def main(args):
     metric = ("AP", evaluation.average_precision) if args.aupr else ("AUC", evaluation.auroc)
     table = make_table(models, sets, scores, metric, not args.drop_mmc)
     fpr = make_table(models, sets, scores, ("FPR95", evaluation.fpr95), False)
-    stem = args.output or model_paths.RESULTS / f"table2_{args.dataset}_{time.strftime('%Y%m%d-%H%M%S')}"
     notes = [f"command: {files.run_record(args)['command']}",
              "test error (%): " + ", ".join(f"{label} {error:.2f}" for label, error in test_errors.items()),
              *tables.model_notes(models), "average precision and FPR at 95 % TPR: OOD is the positive class"]

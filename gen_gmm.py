@@ -27,7 +27,8 @@ def main(args):
     data = load_in_dist(args.dataset, "train", args.data_dir, args.download)
     defaults = params.DATASETS[args.dataset]
     out_name = resolve(args.out_dataset, args.data_dir)
-    out = load_out(out_name, data, args.data_dir, args.out_dir, n=params.OUT_FIT_IMAGES, seed=args.seed)
+    out = load_out(out_name, data, args.data_dir, args.out_dir, n=params.OUT_FIT_IMAGES, seed=args.seed,
+                   download=args.download)
     if args.data_used is not None:
         if args.data_used > len(data):
             raise UserError(f"--data_used {args.data_used}: {args.dataset} has {len(data)} training images")
@@ -46,6 +47,9 @@ def main(args):
         start = time.monotonic()
         gmm_in, fit_in = fit_gmm(z, metric, n, args.reg_covar, args.seed, progress("in", n, args.verbose))
         gmm_out, fit_out = fit_gmm(z_out, metric, n, args.reg_covar, args.seed, progress("out", n, args.verbose))
+        if not all(value.isfinite().all() for gmm in (gmm_in, gmm_out) for value in gmm.state_dict().values()):
+            raise UserError(f"--n {n}: the fitted mixtures are not finite; choose fewer centroids or a larger "
+                            "--reg_covar")
         path = model_paths.mixtures(args.dataset, name, n, out_name)
         meta = {"dataset": args.dataset, "metric": name, "n": n, "out_dataset": out_name, "seed": args.seed,
                 "images": [len(z), len(z_out)], "reg_covar": args.reg_covar, "augm_flag": args.augm_flag,

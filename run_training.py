@@ -41,8 +41,8 @@ def main(args):
     base = load_models(args.dataset, ["Base"], device)["Base"] if args.warmstart or calibrated else None
     mixtures = load_mixtures(args, out_name) if args.use_gmm else None
     data = load_in_dist(args.dataset, "train", args.data_dir, args.download).to(device)
-    test = load_in_dist(args.dataset, "test", args.data_dir).to(device)
-    out = (load_out(out_name, data, args.data_dir, args.out_dir, seed=args.seed,
+    test = load_in_dist(args.dataset, "test", args.data_dir, args.download).to(device)
+    out = (load_out(out_name, data, args.data_dir, args.out_dir, seed=args.seed, download=args.download,
                     n=params.CALIBRATION_IMAGES if calibrated else None) if out_name else None)
 
     start = time.monotonic()

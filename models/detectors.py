@@ -14,7 +14,8 @@ from models.gmm import squared_distances
 class Detector(nn.Module):
     """Images [B, C, H, W] in [0, 1] -> log-confidences [B, M]; `score` [B], higher = more in-distribution.
 
-    A detector is rebuilt from `spec`, plain values only, by `models.build`.
+    A detector is rebuilt from `spec`, plain values only, by `models.build`; with a classifier that has no spec (none of
+    models/classifiers.py) it computes as well, but cannot be saved.
     """
 
     score_is_confidence = True      # exp(score) is a confidence, so that MMC has a meaning
@@ -49,7 +50,7 @@ class Softmax(Detector):
     """A classifier's softmax (Base, CEDA, OE, ACET, GAN)."""
 
     def __init__(self, base_model: nn.Module):
-        super().__init__(base_model, {"kind": "Softmax", "base_model": base_model.spec})
+        super().__init__(base_model, {"kind": "Softmax", "base_model": getattr(base_model, "spec", None)})
 
     def forward(self, x: Tensor) -> Tensor:
         return self.log_softmax(x)

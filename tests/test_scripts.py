@@ -161,6 +161,9 @@ def test_a_killed_attack_goes_on_where_it_was(work, monkeypatch):
     ("gen_eval.py --dataset Digits --ood nonsense", ["NAME=FOLDER"]),
     ("gen_attack_stats.py --datasets Digits", ["CCUs", "--train_type CEDA_GMM"]),
     ("gen_attack_stats.py --datasets Digits --fit_out 1 --alpha 0", ["--alpha"]),
+    ("gen_eval.py --dataset Digits --ood Noise=checkpoints", ["Noise is a row already"]),
+    ("gen_eval.py --dataset Digits --ood a=checkpoints a=checkpoints", ["twice"]),
+    ("gen_gmm.py --dataset Digits --n 5 --data_used 5 --reg_covar 0", ["not finite", "--reg_covar"]),
     ("gen_attack_stats.py --datasets Digits --fit_out 1 --load_seeds none.pt", ["none.pt"]),
     ("load_pretrained.py --dataset MNIST --pretrained none.pt", ["none.pt"]),
     ("load_pretrained.py --dataset MNIST --pretrained checkpoints/Digits/Base.pt", ["Base.pt"]),
@@ -194,3 +197,27 @@ def test_an_unwritable_results_folder_is_one_line(work, capsys):
     with pytest.raises(SystemExit) as stop:
         run_script("gen_eval.py --dataset Digits --models Base --output blocked/t")
     assert stop.value.code == 2 and "blocked" in capsys.readouterr().err
+
+
+def test_models_for_other_images_and_other_kinds_are_refused(work, capsys):
+    shutil.copy("checkpoints/Digits/Base.pt", "checkpoints/Digits/CCUs.pt")
+    refused("gen_attack_stats.py --datasets Digits", capsys, "CCUs.pt is no CCU model")
+    Path("checkpoints/CIFAR10").mkdir()
+    shutil.copy("checkpoints/Digits/Base.pt", "checkpoints/CIFAR10/Base.pt")
+    refused("gen_eval.py --dataset CIFAR10", capsys, "channels 1, CIFAR10 has 3")
+
+
+def test_two_models_do_not_share_units(work, monkeypatch):
+    """A label more with --resume 1 costs that label's batches alone, and nothing is lost before the table is there."""
+    import gen_attack_stats
+    from utils import tables
+    command = ("gen_attack_stats.py --datasets Digits --fit_out 1 --steps 2 --restarts 1 --batches 1 --batch_size 3 "
+               "--resume 1 --output t --models ")
+    attack, calls = gen_attack_stats.attack, []
+    monkeypatch.setattr(gen_attack_stats, "attack", lambda *a, **k: calls.append(1) or attack(*a, **k))
+    with monkeypatch.context() as patch:
+        patch.setattr(tables, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(SystemExit):
+            run_script(command + "Base")
+    run_script(command + "Base CCU")
+    assert len(calls) == 2 and Path("t.csv").exists()

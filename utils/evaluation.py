@@ -6,6 +6,7 @@ from torch import Tensor
 
 from models import Detector
 from utils.data import ImageSet, batches
+from utils.errors import UserError
 
 
 @torch.no_grad()
@@ -17,7 +18,11 @@ def evaluate(model: Detector, data: ImageSet, batch_size: int) -> tuple[Tensor, 
     for x, _ in batches(data, batch_size):
         log_p.append(model(x))
         scores.append(model.score(x) if own_score else log_p[-1].amax(1))
-    return torch.cat(log_p), torch.cat(scores)
+    log_p, scores = torch.cat(log_p), torch.cat(scores)
+    if log_p.isnan().any() or scores.isnan().any():
+        raise UserError(f"the {type(model).__name__} model {model.meta.get('label', '')} gives NaN on {data.name}: "
+                        "its training diverged; train it again with a smaller --lr")
+    return log_p, scores
 
 
 def test_error(log_p: Tensor, labels: Tensor) -> float:

@@ -46,6 +46,15 @@ def write(path: str | Path, writer: Callable) -> Path:
     return path
 
 
+def check_writable(stem: str | Path) -> None:
+    """UserError now, before the work, where files beside `stem` could not be written after it."""
+    folder = Path(stem).parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"can't write {stem}: {folder} is not a folder that can be written to")
+
+
 def write_text(path: str | Path, text: str) -> Path:
     return write(path, lambda file: file.write(text.encode()))
 
@@ -81,6 +90,9 @@ def load(path: str | Path, format: str | None = None, mend: str = "make it anew"
 
 def save_model(model: models.Detector, path: str | Path, meta: dict | None = None) -> Path:
     """A checkpoint of `model` that `load_model` rebuilds; `meta` (plain values) says how it was made."""
+    if model.spec["base_model"] is None:
+        raise UserError(f"can't write {path}: the classifier has no spec to rebuild it from; use one of "
+                        "models/classifiers.py")
     meta = model.meta if meta is None else meta
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     return save({"format": MODEL, "spec": model.spec, "state": state, "meta": meta}, path)
@@ -147,7 +159,8 @@ def run_record(args, **more) -> dict:
     """What a run needs to be repeated: command, resolved options, commit, versions, machine."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], text=True, capture_output=True,
                             cwd=Path(__file__).parent.parent).stdout.strip() if _has_git() else ""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    on_gpu = torch.cuda.is_available() and args.gpu != -1
+    gpu = torch.cuda.get_device_name(args.gpu or 0) if on_gpu else None
     record = {"command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "options": vars(args),
               "commit": commit or None, "time": time.strftime("%Y-%m-%d %H:%M:%S"),
               "python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads(),

@@ -28,7 +28,7 @@ def kmeans_start(z: Tensor, K: int, seed: int, reg_covar: float) -> Fit:
     """One M-step from the hard assignments of scikit-learn's k-means on a sample of z [n, D]."""
     from sklearn.cluster import KMeans
     generator = torch.Generator().manual_seed(seed)
-    sample = z[torch.randperm(len(z), generator=generator)[:KMEANS_IMAGES].to(z.device)]
+    sample = z[torch.randperm(len(z), generator=generator)[:max(KMEANS_IMAGES, K)].to(z.device)]
     kmeans = KMeans(K, n_init=1, max_iter=20, tol=1e-3, random_state=seed).fit(sample.cpu().numpy())
     centres = torch.as_tensor(kmeans.cluster_centers_, dtype=z.dtype, device=z.device)
     origin = z.mean(0)

@@ -45,7 +45,8 @@ def resolve(name: str, data_dir: str | Path) -> str:
 
 
 def load_out(name: str, like: ImageSet, data_dir: str | Path, out_dir: str | Path | None = None,
-             split: str = "train", n: int | None = None, seed: int = 0) -> ImageSet:
+             split: str = "train", n: int | None = None, seed: int = 0,
+             download: bool = False) -> ImageSet:
     """An out-distribution in the shape and on the device of `like`, in random order, without labels.
 
     Fixed images (TinyImages, RandomImages300k, another data set) give a seeded choice of n, or all if they
@@ -73,7 +74,7 @@ def load_out(name: str, like: ImageSet, data_dir: str | Path, out_dir: str | Pat
     elif name == like.name:
         raise UserError(f"--out_dataset {name} is the in-distribution itself: choose another")
     else:
-        images = load_plain(name, split, data_dir).images
+        images = load_plain(name, split, data_dir, download).images
         images = shape_like(images[torch.from_numpy(rng.permutation(len(images))[:n])], *shape)
     return ImageSet(name, images, None, 0).to(like.images.device)
 

@@ -5,6 +5,7 @@ import sys
 import torch
 
 import model_paths
+import params
 from models import Detector
 from utils import files
 from utils.errors import UserError, check_name
@@ -25,7 +26,13 @@ def load_models(dataset: str, labels: list[str] | None, device: torch.device) ->
         if label not in found:
             raise UserError(f"there is no {dataset} model {label}; make it: {model_paths.command(dataset, label)}")
     # channels_last: a LeNet's passes take a quarter less time on a CPU
-    return {label: files.load_model(found[label], device).to(memory_format=torch.channels_last) for label in labels}
+    models = {label: files.load_model(found[label], device).to(memory_format=torch.channels_last) for label in labels}
+    for label, model in models.items():
+        for key in ("channels", "size", "classes"):
+            if model.spec["base_model"][key] != (wanted := getattr(params.DATASETS[dataset], key)):
+                raise UserError(f"{found[label]} has {key} {model.spec['base_model'][key]}, {dataset} has {wanted}: "
+                                "it is a model for other images; remove it")
+    return models
 
 
 def name_untrained(dataset: str) -> None:

@@ -20,7 +20,8 @@ def write(table: pd.DataFrame, stem: str | Path, title: str, notes: list[str]) -
     """stem.csv: the bare table.  stem.txt: LaTeX, title and notes as comments."""
     comments = "".join(f"% {line}\n" for line in [title, *notes])
     latex = table.map(percent).to_latex(escape=True).replace("–", "--")
-    return [files.write_text(f"{stem}.csv", table.to_csv(float_format="%.4f")),
+    rounded = table.map(lambda value: None if value is None else round(value, 4))
+    return [files.write_text(f"{stem}.csv", rounded.to_csv()),
             files.write_text(f"{stem}.txt", comments + latex)]
 
 

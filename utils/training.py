@@ -106,7 +106,8 @@ def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet |
                 if verbose:
                     writer.add_scalar(f"step/{name}", value.item(), epoch * steps + step + 1)
         means = {name: (value / len(data)).item() for name, value in totals.items()}
-        if not math.isfinite(means["loss"]):
+        # the loss was taken before the last step: the weights are looked at too
+        if not (math.isfinite(means["loss"]) and all(v.isfinite().all() for v in model.state_dict().values())):
             writer.close()
             kept = f"; the state after epoch {_epochs_in(state_path)} is kept" if state_path.exists() else ""
             raise UserError(f"the loss is not finite in epoch {epoch + 1}{kept}: try a smaller --lr or --lr_gmm")
@@ -128,6 +129,7 @@ def _save(path, model, objective, optimizer, generators, history, options):
     files.save({"format": "CCU training state, version 1", "options": options, "history": history,
                 "model": model.state_dict(), "objective": objective.state_dict(),
                 "optimizer": optimizer.state_dict(),
+                "device": device.type,
                 "generators": {name: g.get_state() for name, g in generators.items()},
                 # dropout draws from the device's own generator
                 "global_rng": torch.get_rng_state(),
@@ -144,6 +146,9 @@ def _restore(path, model, objective, optimizer, generators, options) -> list[dic
         key = changed[0]
         raise UserError(f"{path} was made with --{key} {state['options'].get(key)}, not {options[key]}: use the same "
                         "options, or start without --resume")
+    if state["device"] != (here := generators["in"].device.type):
+        raise UserError(f"{path} was made on a {state['device']} device, this is {here}, which draws other random "
+                        "numbers: use the same --gpu, or start without --resume")
     model.load_state_dict(state["model"])
     objective.load_state_dict(state["objective"])
     optimizer.load_state_dict(state["optimizer"])
