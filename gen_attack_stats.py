@@ -13,6 +13,7 @@ bounds on the confidence in the attacked balls, the share of balls where it is a
 the test images' scores against these bounds, which no attack in the balls can lower.
 """
 
+import hashlib
 import shutil
 import time
 
@@ -47,17 +48,18 @@ def main(args):
         if args.models is None:
             name_untrained(dataset)
         start = time.monotonic()
+        on_test = test.to(device)       # a model that gives NaN is found before the attack, not after
+        tested = {label: evaluation.evaluate(model, on_test, 1000) for label, model in models.items()}
         parts = {label: unit_folder(dataset, label, model, metric, seeds, radii, args)
                  for label, model in models.items()}
         finished += parts.values()
         result = {label: attack_model(label, model, metric, seeds, radii, parts[label], args, device)
                   for label, model in models.items()}
-        scores_in = {}
         for label, model in models.items():
-            log_p, scores_in[label] = evaluation.evaluate(model, test.to(device), 1000)
-            rows[dataset, label] = statistics(model, log_p, scores_in[label], result[label]["score"], test.labels)
+            log_p, scores_in = tested[label]
+            rows[dataset, label] = statistics(model, log_p, scores_in, result[label]["score"], on_test.labels)
             if args.certify:
-                rows[dataset, label] |= certify(model, seeds.to(device), radii, scores_in[label])
+                rows[dataset, label] |= certify(model, seeds.to(device), radii, scores_in)
                 if (bound := rows[dataset, label]["bound"]) is not None:
                     notes.append(f"{dataset}, {label}: MMC {rows[dataset, label]['MMC']:.4f} <= {bound:.4f} certified")
         notes += [f"{dataset}: {describe_balls(args, radii)}", *tables.model_notes(models)]
@@ -68,7 +70,8 @@ def main(args):
             "format": "CCU attack, version 1", "record": files.run_record(args, seconds=time.monotonic() - start),
             "dataset": dataset, "seeds": seeds, "radii": radii, "models": result,
             "meta": {label: model.meta for label, model in models.items()},
-            "scores_in": {label: s.cpu() for label, s in scores_in.items()}, "labels_in": test.labels.cpu()}, backup))
+            "scores_in": {label: scores_in.cpu() for label, (_, scores_in) in tested.items()},
+            "labels_in": test.labels.cpu()}, backup))
     table = layout(rows, args)
     title = "Table 1: adversarial noise (%)"
     tables.show(table, title)
@@ -134,7 +137,7 @@ def attack_model(label, model, metric, seeds, radii, parts, args, device) -> dic
     """Worst samples and their scores, batch by batch; a finished batch is kept in `parts` for --resume 1."""
     units = []
     for b, (x, r) in enumerate(zip(seeds.split(args.batch_size), radii.split(args.batch_size), strict=True)):
-        path = parts / f"{label}_{b}.pt"
+        path = parts / f"{b}.pt"
         if not path.exists():
             generator = torch.Generator(device).manual_seed(args.seed * 1000 + b)
             with tqdm(desc=f"{label}, batch {b + 1}", total=args.steps, leave=False, disable=None) as bar:
@@ -153,13 +156,12 @@ def attack_model(label, model, metric, seeds, radii, parts, args, device) -> dic
 
 def unit_folder(dataset, label, model, metric, seeds, radii, args):
     """Where a model's finished batches are kept: named after all that decides them, emptied unless --resume 1."""
-    import hashlib
     digest = hashlib.sha256()
     for part in (dataset, label, args.steps, args.restarts, args.alpha, args.batch_size, args.seed):
         digest.update(f"{part};".encode())
     for tensor in (seeds, radii, *metric.state_dict().values(), *model.state_dict().values()):
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    folder = model_paths.BACKUP / f".attack_{dataset}_{label}_{digest.hexdigest()[:16]}"
+    folder = model_paths.attack_units(dataset, label, digest.hexdigest())
     if folder.exists() and not args.resume:
         shutil.rmtree(folder)
     return folder
@@ -167,7 +169,7 @@ def unit_folder(dataset, label, model, metric, seeds, radii, args):
 
 def statistics(model, log_p, scores_in, attacked, labels) -> dict:
     attacked = attacked.to(scores_in.device)
-    return {"TE": evaluation.test_error(log_p, labels.to(log_p.device)),
+    return {"TE": evaluation.test_error(log_p, labels),
             "MMC": evaluation.mmc(attacked) if model.score_is_confidence else None,
             "SR": evaluation.success_rate(attacked, scores_in), "AUC": evaluation.auroc(scores_in, attacked)}
 

@@ -40,7 +40,7 @@ def main(args):
 
     augmentation = Augmentation(defaults.crop, defaults.pad_mode, defaults.flip) if args.augm_flag else None
     X, X_out = (one_pass(images.to(device), augmentation, args.seed) for images in (data, out))
-    name = args.metric if args.PCA else "euclidean"
+    name = cli.metric_name(args)
     metric = make_metric(name, X)
     z, z_out = metric.transform(X), metric.transform(X_out)
     for n in args.n:

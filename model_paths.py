@@ -65,6 +65,11 @@ def log_dir(dataset: str, label: str, stamp: str) -> Path:
     return LOGS / dataset / f"{label}_{stamp}"
 
 
+def attack_units(dataset: str, label: str, digest: str) -> Path:
+    """The folder of a running attack's finished batches; `digest` stands for all that decides them."""
+    return BACKUP / f".attack_{dataset}_{label}_{digest[:16]}"
+
+
 def name_of(stem) -> str:
     """The name under which a table's backup is kept."""
     return Path(stem).name

@@ -21,7 +21,7 @@ from utils import cli, files, objectives
 from utils.calibration import calibrate
 from utils.data import Augmentation, load_in_dist
 from utils.errors import UserError
-from utils.evaluation import evaluate
+from utils.evaluation import evaluate, test_error
 from utils.out_data import load_out, resolve
 from utils.registry import load_models
 from utils.training import Settings, train
@@ -64,9 +64,9 @@ def main(args):
         model, history = train_network(args, args.seed, label, states[0], data, out, base, mixtures)
 
     log_p, _ = evaluate(model.eval(), test, args.batch_size)
-    test_error = 100 * (log_p.argmax(1) != test.labels).double().mean().item()
+    error = test_error(log_p, test.labels)
     meta = {"dataset": args.dataset, "label": label, "train_type": args.train_type, "out_dataset": out_name,
-            "epochs": epochs, "seed": args.seed, "augm_flag": args.augm_flag, "test_error": test_error,
+            "epochs": epochs, "seed": args.seed, "augm_flag": args.augm_flag, "test_error": error,
             "mixtures": mixtures and mixtures[2]}
     if calibrated:
         meta |= {name: getattr(model, name).item() for name in CALIBRATED[args.train_type]}
@@ -76,7 +76,7 @@ def main(args):
     files.write_json(model_paths.run_record(path), record)
     for state in states:
         state.unlink(missing_ok=True)
-    print(f"test error {test_error:.2f} %\nwrote {path} and {model_paths.run_record(path)}")
+    print(f"test error {error:.2f} %\nwrote {path} and {model_paths.run_record(path)}")
 
 
 def train_network(args, seed, name, state_path, data, out, base, mixtures) -> tuple[Detector, list[dict]]:
@@ -123,7 +123,7 @@ def check(args) -> None:
 
 def load_mixtures(args, out_name):
     """gmm_in, gmm_out and how they were fitted."""
-    name = args.metric if args.PCA else "euclidean"
+    name = cli.metric_name(args)
     path = args.gmm_path or model_paths.mixtures(args.dataset, name, args.n, out_name)
     gmm_in, gmm_out, meta = files.load_mixtures(path, f"fit the mixtures: python gen_gmm.py --dataset {args.dataset} "
                                                 f"--PCA {int(args.PCA)} --metric {args.metric} --n {args.n} "

@@ -106,6 +106,11 @@ def number(low: float = 0.0, high: float = 1e300, open_low: bool = False):
     return _number(float, low, high, open_low)
 
 
+def metric_name(args: argparse.Namespace) -> str:
+    """pca, mahalanobis or euclidean, by --PCA and --metric."""
+    return args.metric if args.PCA else "euclidean"
+
+
 def device(gpu: int | None) -> torch.device:
     """The device of --gpu: None = GPU 0 where there is one, -1 = CPU."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
