@@ -44,9 +44,11 @@ demo: $(INSTALLED)
 # --- both tables of a data set, from whatever is trained already ---------------------------------------------------
 
 DATASET ?= Digits
-EPOCHS ?=
-STEPS ?= 500
-RESTARTS ?= 50
+# empty: the epochs of params.py; Digits is there to be run on a laptop
+digits = $(filter Digits,$(DATASET))
+EPOCHS ?= $(if $(digits),30)
+STEPS ?= $(if $(digits),100,500)
+RESTARTS ?= $(if $(digits),5,50)
 LABELS ?= Base CEDA OE ACET ACET2 CCU CCUs MCD EDL DE GAN ODIN Maha
 MODELS := checkpoints/$(DATASET)
 MIXTURES := $(MODELS)/gmm/.fitted$(addprefix _,$(OUT_DATASET))
