@@ -95,15 +95,15 @@ def describe_balls(args, radii) -> str:
 def prepare(dataset: str, args, device):
     """Models, metric, test images, seeds [N, C, H, W] and certified radii [N] of one data set."""
     ball = BALLS[args.fit_out]
-    ccu = load_models(dataset, [ball], device)[ball]
+    test = load_in_dist(dataset, "test", args.data_dir, args.download, args.image_size)
+    ccu = load_models(test, [ball], device)[ball]
     if not isinstance(ccu, CCU):
         raise UserError(f"{model_paths.model(dataset, ball)} is no CCU model and certifies nothing; make one: "
                         f"{model_paths.command(dataset, ball)}")
-    metric, models = ccu.gmm_in.metric, load_models(dataset, args.models, device)
+    metric, models = ccu.gmm_in.metric, load_models(test, args.models, device)
     for label, model in models.items():
         if args.certify and isinstance(model, CCU) and not same_metric(model.gmm_in.metric, metric):
             raise UserError(f"--certify 1: the metrics of {label} and {ball} differ; leave {label} out of --models")
-    test = load_in_dist(dataset, "test", args.data_dir, args.download)
     shape = tuple(test.images.shape[1:])
     if args.load_seeds:
         seeds = files.load(args.load_seeds, "CCU attack, version 1", "give a file of results/backup")["seeds"]
@@ -206,7 +206,7 @@ def parser() -> cli.Parser:
     p = cli.Parser(__doc__).common()
     p.add_argument("--datasets", nargs="+", required=True, choices=list(params.DATASETS), metavar="D",
                    help="in-distributions: " + ", ".join(params.DATASETS))
-    p.out_dataset()
+    p.image_size().out_dataset()
     p.add_argument("--models", nargs="+", metavar="LABEL", help="labels (all that are trained)")
     p.add_argument("--fit_out", type=cli.flag, default=False, help="radii from CCU (1) or from CCUs (0)")
     p.add_argument("--certificate", choices=("paper", "tight"), default="paper", help="which bound gives the radii; "

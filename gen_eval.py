@@ -26,8 +26,8 @@ def main(args):
     if taken := {"orig", *params.DATASETS[args.dataset].ood} & set(folders) or len(folders) < len(args.ood):
         raise UserError(f"--ood: {'a name stands twice' if taken is True else f'{taken.pop()} is a row already'}; "
                         "choose another name")
-    models = load_models(args.dataset, args.models, device)
-    test = load_in_dist(args.dataset, "test", args.data_dir, args.download)
+    test = load_in_dist(args.dataset, "test", args.data_dir, args.download, args.image_size)
+    models = load_models(test, args.models, device)
     stem = args.output or model_paths.RESULTS / f"table2_{args.dataset}_{time.strftime('%Y%m%d-%H%M%S')}"
     files.check_writable(stem)
     sets = ood_sets(args, folders, test)

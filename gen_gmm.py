@@ -24,7 +24,7 @@ from utils.out_data import load_out, resolve
 
 def main(args):
     device = cli.device(args.gpu)
-    data = load_in_dist(args.dataset, "train", args.data_dir, args.download)
+    data = load_in_dist(args.dataset, "train", args.data_dir, args.download, args.image_size)
     defaults = params.DATASETS[args.dataset]
     out_name = resolve(args.out_dataset, args.data_dir)
     out = load_out(out_name, data, args.data_dir, args.out_dir, n=params.OUT_FIT_IMAGES, seed=args.seed,
@@ -52,6 +52,7 @@ def main(args):
                             "--reg_covar")
         path = model_paths.mixtures(args.dataset, name, n, out_name)
         meta = {"dataset": args.dataset, "metric": name, "n": n, "out_dataset": out_name, "seed": args.seed,
+                "out_dir": args.out_dir if out_name == "Folder" else None,
                 "images": [len(z), len(z_out)], "reg_covar": args.reg_covar, "augm_flag": args.augm_flag,
                 "variances": [gmm_in.logvar[0].exp().item(), gmm_out.logvar[0].exp().item()],
                 "log_likelihoods": [fit_in.log_likelihoods[-1], fit_out.log_likelihoods[-1]],
@@ -77,8 +78,10 @@ def make_metric(name: str, X: torch.Tensor) -> PCAMetric:
     s = metric.singular_values
     floored = (s <= s.min() * 1.0001).sum().item() - 1
     if floored > len(s) / 2:
+        few = (f"; {len(X)} images span no more than {len(X) - 1} directions, so that new ones will look far away: "
+               "give more images, a smaller --image_size, or --PCA 0" if len(X) <= len(s) else "")
         print(f"note: {floored} of {len(s)} singular values are at the floor: the images hardly vary in these "
-              "directions, and any change along them counts as far away")
+              f"directions, and any change along them counts as far away{few}")
     return metric
 
 

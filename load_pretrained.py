@@ -18,6 +18,8 @@ from utils.errors import UserError
 
 
 def main(args):
+    if args.dataset == "Folder":
+        raise UserError("--dataset Folder: the authors have no models of your images; train them with run_training.py")
     state = files.load(args.pretrained, mend="give the authors' state dict")
     path = model_paths.model(args.dataset, args.label)
     try:

@@ -58,7 +58,8 @@ def trained(dataset: str) -> dict[str, Path]:
 
 def command(dataset: str, label: str) -> str:
     """The command that makes the model."""
-    return f"python run_training.py --dataset {dataset} {LABELS[label]} --augm_flag 1"
+    images = " --data_dir DIR" if dataset == "Folder" else ""
+    return f"python run_training.py --dataset {dataset}{images} {LABELS[label]} --augm_flag 1"
 
 
 def log_dir(dataset: str, label: str, stamp: str) -> Path:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 class Dataset:
     """What depends on the in-distribution alone."""
 
-    channels: int
-    size: int                  # images are size x size
-    classes: int
+    channels: int | None       # None = whatever the folder holds
+    size: int | None           # images are size x size; None = --image_size
+    classes: int | None
     arch: str                  # classifier of all methods but MCD and GAN                      [code]
     arch_dropout: str          # the classifier of MCD                                          [code]
     arch_gan: str              # the classifier of GAN                                          [code]
@@ -38,6 +38,7 @@ _GREY = dict(channels=1, size=28, classes=10, crop=2, pad_mode="constant", flip=
 _LENET = dict(arch="LeNet", arch_dropout="LeNetDropout", arch_gan="LeNet", optimizer="adam")
 _COLOUR = dict(channels=3, size=32)
 _RESNET = dict(arch="ResNet18", arch_dropout="VGG13", arch_gan="VGG13", optimizer="sgd")
+NETWORKS = {"LeNet": _LENET, "ResNet18": _RESNET}     # what --arch puts in a data set's place
 _CIFAR = dict(crop=4, pad_mode="reflect", flip=True, **_COLOUR, **_RESNET)
 
 DATASETS = {
@@ -54,7 +55,11 @@ DATASETS = {
     # ours: scikit-learn's digits, MNIST's list and patches of a photograph, which ship with it
     "Digits": Dataset(**_GREY, **_LENET,
                       ood=("FMNIST", "EMNIST", "GrayCIFAR10", "Patches", "Noise", "Uniform")),
+    # the user's own images in --data_dir; not flipped, since they may be of digits or of text
+    "Folder": Dataset(channels=None, size=None, classes=None, crop=4, pad_mode="reflect", flip=False, **_RESNET,
+                      ood=("Patches", "Noise", "Uniform")),
 }
+IMAGE_SIZE = 32          # of Folder                                                            [ours]
 
 # Out-distributions for training, best first.  "auto" takes the first whose file is there; Photos,
 # crops of a photograph that scikit-learn brings, always is.  [80 Million Tiny Images: paper, code]

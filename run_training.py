@@ -11,6 +11,7 @@ logs/.
 """
 
 import time
+from dataclasses import replace
 
 import torch
 
@@ -38,10 +39,10 @@ def main(args):
     out_name = resolve(args.out_dataset, args.data_dir) if objectives.needs_out(args.train_type, args.fit_out) else None
 
     # what has to be there already comes first
-    base = load_models(args.dataset, ["Base"], device)["Base"] if args.warmstart or calibrated else None
-    mixtures = load_mixtures(args, out_name) if args.use_gmm else None
-    data = load_in_dist(args.dataset, "train", args.data_dir, args.download).to(device)
-    test = load_in_dist(args.dataset, "test", args.data_dir, args.download).to(device)
+    data, test = (load_in_dist(args.dataset, split, args.data_dir, args.download, args.image_size).to(device)
+                  for split in ("train", "test"))
+    base = load_models(test, ["Base"], device)["Base"] if args.warmstart or calibrated else None
+    mixtures = load_mixtures(args, out_name, data) if args.use_gmm else None
     out = (load_out(out_name, data, args.data_dir, args.out_dir, seed=args.seed, download=args.download,
                     n=params.CALIBRATION_IMAGES if calibrated else None) if out_name else None)
 
@@ -68,6 +69,12 @@ def main(args):
     meta = {"dataset": args.dataset, "label": label, "train_type": args.train_type, "out_dataset": out_name,
             "epochs": epochs, "seed": args.seed, "augm_flag": args.augm_flag, "test_error": error,
             "mixtures": mixtures and mixtures[2]}
+    if data.class_names:
+        meta["class_names"] = list(data.class_names)
+    if args.train_type == "ACET":
+        meta["steps"] = args.steps
+    if out_name == "Folder":
+        meta["out_dir"] = args.out_dir
     if calibrated:
         meta |= {name: getattr(model, name).item() for name in CALIBRATED[args.train_type]}
         print(", ".join(f"{name} {meta[name]:.4g}" for name in CALIBRATED[args.train_type]))
@@ -82,15 +89,16 @@ def main(args):
 def train_network(args, seed, name, state_path, data, out, base, mixtures) -> tuple[Detector, list[dict]]:
     """One trained network and its history, an entry an epoch."""
     defaults, method = params.DATASETS[args.dataset], params.METHODS[args.train_type]
+    if args.arch:
+        defaults = replace(defaults, **params.NETWORKS[args.arch])
     torch.manual_seed(seed)
-    model = make_model(args, getattr(defaults, method.arch), seed, base, mixtures).to(data.images.device)
+    model = make_model(args, getattr(defaults, method.arch), seed, data, base, mixtures).to(data.images.device)
     objective = objectives.make(args.train_type, args.loglam, args.fit_out, args.steps, data.images)
     optimizer = method.optimizer or defaults.optimizer
     settings = Settings(optimizer, first(args.lr, method.lr, params.LR[optimizer]), args.lr_gmm,
                         first(args.decay, method.weight_decay, params.WEIGHT_DECAY), tuple(args.grad_vars),
                         args.epochs, args.batch_size, seed)
-    augmentation = (Augmentation(defaults.crop, defaults.pad_mode, defaults.flip) if args.augm_flag else
-                    Augmentation(0, "constant", False))
+    augmentation = (Augmentation(defaults.crop, defaults.pad_mode, defaults.flip) if args.augm_flag else None)
     options = {key: value for key, value in vars(args).items() if key not in ("gpu", "resume", "debug", "verbose")}
     logs = model_paths.log_dir(args.dataset, name, time.strftime("%Y%m%d-%H%M%S"))
     model.amp = args.amp
@@ -121,27 +129,30 @@ def check(args) -> None:
     args.members = first(args.members, params.MEMBERS)
 
 
-def load_mixtures(args, out_name):
+def load_mixtures(args, out_name, data):
     """gmm_in, gmm_out and how they were fitted."""
     name = cli.metric_name(args)
     path = args.gmm_path or model_paths.mixtures(args.dataset, name, args.n, out_name)
-    gmm_in, gmm_out, meta = files.load_mixtures(path, f"fit the mixtures: python gen_gmm.py --dataset {args.dataset} "
-                                                f"--PCA {int(args.PCA)} --metric {args.metric} --n {args.n} "
-                                                f"--augm_flag {int(args.augm_flag)} --out_dataset {out_name}")
+    gmm_in, gmm_out, meta = files.load_mixtures(path, (
+        f"fit the mixtures: python gen_gmm.py --dataset {args.dataset} --data_dir {args.data_dir} --PCA "
+        f"{int(args.PCA)} --metric {args.metric} --n {args.n} --augm_flag {int(args.augm_flag)} "
+        f"--out_dataset {out_name}"))
     for key, wanted in (("dataset", args.dataset), ("metric", name), ("n", args.n), ("out_dataset", out_name)):
         if meta[key] != wanted:
             raise UserError(f"{path} was fitted with {key} {meta[key]}, not {wanted}: run gen_gmm.py with the same "
                             "options, or change them here")
+    if (pixels := data.images[0].numel()) != (fitted := gmm_in.mu.shape[1]):
+        raise UserError(f"{path} was fitted on images of {fitted} values, {args.dataset}'s have {pixels}: give the "
+                        "--image_size of then, or run gen_gmm.py again")
     return gmm_in, gmm_out, meta
 
 
-def make_model(args, arch, seed, base, mixtures) -> Detector:
+def make_model(args, arch, seed, data, base, mixtures) -> Detector:
     """The model before training."""
-    defaults = params.DATASETS[args.dataset]
-    base_model = build_classifier(arch, defaults.channels, defaults.size, defaults.classes)
+    base_model = build_classifier(arch, *data.images.shape[1:3], data.classes)
     if args.warmstart:
         if base.spec["base_model"] != base_model.spec:
-            raise UserError("--warmstart 1: the Base model has another classifier")
+            raise UserError("--warmstart 1: the Base model has another classifier; train it with the same --arch")
         base_model.load_state_dict(base.base_model.state_dict())
     if args.train_type == "EDL":
         return EDL(base_model)
@@ -151,7 +162,7 @@ def make_model(args, arch, seed, base, mixtures) -> Detector:
         return model
     if args.use_gmm:
         gmm_in, gmm_out, _ = mixtures
-        return CCU(base_model, gmm_in, gmm_out if args.fit_out else None, args.loglam, defaults.classes)
+        return CCU(base_model, gmm_in, gmm_out if args.fit_out else None, args.loglam, data.classes)
     return Softmax(base_model)
 
 
@@ -161,6 +172,8 @@ def parser() -> cli.Parser:
                    help="plain (Base), CEDA, OE, ACET, CEDA_GMM (CCU, CCUs), MCD, EDL, DE, GAN, ODIN, Maha")
     p.metric().out_dataset().common()
     p.add_argument("--augm_flag", type=cli.flag, default=False, help="1 = augment the training images (0)")
+    p.add_argument("--arch", choices=tuple(params.NETWORKS), metavar="A", help="LeNet (with Adam) or ResNet18 (with "
+                   "SGD) in place of the data set's own; MCD and GAN then take LeNet or VGG13")
     p.add_argument("--use_gmm", type=cli.flag, help="1 with CEDA_GMM")
     p.add_argument("--fit_out", type=cli.flag, default=False, help="CEDA_GMM: 1 = two mixtures, 0 = one; ACET: 1 = "
                    "attacks start at out-images, 0 = at uniform noise (0)")

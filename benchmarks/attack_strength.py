@@ -18,6 +18,7 @@ import torch  # noqa: E402
 from models import certified_radius  # noqa: E402
 from utils import cli  # noqa: E402
 from utils.attack import Region, ascend, score_and_gradient  # noqa: E402
+from utils.data import load_in_dist
 from utils.registry import load_models  # noqa: E402
 
 CHECKPOINTS = (10, 25, 50, 100)
@@ -52,10 +53,10 @@ def plain(objective, region: Region, steps: int, eta: float) -> None:
 @torch.no_grad()
 def main(args):
     device = cli.device(args.gpu)
-    models = load_models(args.dataset, args.models, device)
-    ccu = load_models(args.dataset, ["CCU"], device)["CCU"]
-    channels, size = (ccu.spec["base_model"][key] for key in ("channels", "size"))
-    seeds = torch.rand(args.n, channels, size, size, generator=torch.Generator().manual_seed(args.seed)).to(device)
+    test = load_in_dist(args.dataset, "test", args.data_dir, args.download, args.image_size)
+    models = load_models(test, args.models, device)
+    ccu = load_models(test, ["CCU"], device)["CCU"]
+    seeds = torch.rand(args.n, *test.images.shape[1:], generator=torch.Generator().manual_seed(args.seed)).to(device)
     radii = certified_radius(ccu, seeds, method="paper")
     steps = max(CHECKPOINTS)
     for label, model in models.items():

@@ -155,7 +155,7 @@ def test_a_killed_attack_goes_on_where_it_was(work, monkeypatch):
     ("gen_gmm.py --dataset Digits --n 5000", ["--n 5000", "1437"]),
     ("gen_gmm.py --dataset Digits --data_used 99999", ["--data_used", "1437"]),
     ("gen_gmm.py --dataset Digits --out_dataset Fotos", ["Fotos", "Photos"]),
-    ("gen_eval.py --dataset MNIST", ["run_training.py --dataset MNIST --train_type plain"]),
+    ("gen_eval.py --dataset MNIST", ["MNIST is not in data", "--download 1"]),
     ("gen_eval.py --dataset Digits --models OE", ["OE", "--train_type OE"]),
     ("gen_eval.py --dataset Digits --models CUC", ["did you mean CCU"]),
     ("gen_eval.py --dataset Digits --ood nonsense", ["NAME=FOLDER"]),

@@ -42,7 +42,13 @@ class Parser(argparse.ArgumentParser):
 
     def dataset(self) -> "Parser":
         self.add_argument("--dataset", required=True, choices=list(params.DATASETS), help="the in-distribution: "
-                          + ", ".join(params.DATASETS), metavar="D")
+                          + ", ".join(params.DATASETS) + " (your own images: --data_dir with train/<class>/ and "
+                          "test/<class>/)", metavar="D")
+        return self.image_size()
+
+    def image_size(self) -> "Parser":
+        self.add_argument("--image_size", type=size, default=params.IMAGE_SIZE, metavar="N", help="of --dataset "
+                          f"Folder, whose images are resized to N x N ({params.IMAGE_SIZE})")
         return self
 
     def out_dataset(self) -> "Parser":
@@ -66,6 +72,13 @@ def flag(text: str) -> bool:
     if text.lower() not in values:
         raise argparse.ArgumentTypeError(f"{text!r} is neither 0 nor 1")
     return values[text.lower()]
+
+
+def size(text: str) -> int:
+    """argparse type: a side that the networks can halve twice and whose metric, [C N^2, C N^2], fits into memory."""
+    if (value := integer(8, 64)(text)) % 4:
+        raise argparse.ArgumentTypeError(f"{text} is no multiple of 4")
+    return value
 
 
 def name(text: str) -> str:

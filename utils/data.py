@@ -22,7 +22,6 @@ from utils.errors import MissingData, UserError, check_name
 from utils.images import is_grey, list_images, random_crops, read_images, resize, sample_photo, shape_like
 from utils.torchvision_guard import datasets
 
-KNOWN = (*params.DATASETS, "Folder")
 PLAIN = ("MNIST", "FMNIST", "EMNIST", "SVHN", "CIFAR10", "CIFAR100", "Digits")   # with train and test split
 KNOWN_OOD = tuple(dict.fromkeys([*(name for d in params.DATASETS.values() for name in d.ood), *PLAIN]))
 
@@ -58,6 +57,10 @@ class ImageSet:
     images: torch.Tensor            # uint8 [N, C, H, W], contiguous
     labels: torch.Tensor | None     # int64 [N] in [0, classes); None for OOD and out-distributions
     classes: int                    # 0 where unlabelled
+    class_names: tuple[str, ...] = ()   # of a Folder: its folders, by label
+
+    def __post_init__(self):
+        self.images = self.images.contiguous()      # what augment's index arithmetic counts on
 
     def __len__(self) -> int:
         return len(self.images)
@@ -177,14 +180,14 @@ def endless(data: ImageSet, batch_size: int, generator: torch.Generator,
 # --- data sets by name -------------------------------------------------------------------------------------
 
 def load_in_dist(name: str, split: str, data_dir: str | Path, download: bool = False,
-                 image_size: int = 32) -> ImageSet:
+                 image_size: int = params.IMAGE_SIZE) -> ImageSet:
     """A labelled data set, `split` "train" or "test", on the CPU.  `image_size` is for "Folder" only.
 
     "Folder" is data_dir/train/<class>/* and data_dir/test/<class>/*; it is grey if all training images are.
     Raises MissingData (a UserError) with the ways to get it, UserError if a file is damaged or the name
     unknown.
     """
-    check_name(name, KNOWN, "data set")
+    check_name(name, params.DATASETS, "data set")
     if name == "Folder":
         return _folder(split, Path(data_dir), image_size)
     return load_plain(name, split, data_dir, download)
@@ -350,4 +353,4 @@ def _folder(split: str, root: Path, size: int) -> ImageSet:
              for path in list_images(root / split / c)]
     images, kept = read_images([path for path, _ in files], channels, size, what=str(root / split))
     labels = torch.tensor([label for _, label in files])[kept]
-    return ImageSet("Folder", images, labels, len(classes))
+    return ImageSet("Folder", images, labels, len(classes), tuple(classes))

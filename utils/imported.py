@@ -27,7 +27,7 @@ def import_state_dict(source: str | Path | dict, arch: str, dataset: str, mean: 
         save_model(model, model_paths.model("CIFAR10", "OE-imported"))
     """
     check_name(arch, CLASSIFIERS, "classifier")
-    check_name(dataset, params.DATASETS, "data set")
+    check_name(dataset, [name for name, spec in params.DATASETS.items() if spec.size], "data set")
     state = source if isinstance(source, dict) else files.load(source, mend="give a state dict")
     for name in WRAPPERS:
         if isinstance(state, dict) and isinstance(state.get(name), dict):

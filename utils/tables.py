@@ -28,6 +28,7 @@ def write(table: pd.DataFrame, stem: str | Path, title: str, notes: list[str]) -
 def model_notes(models: dict) -> list[str]:
     """One line a model: how it was made."""
     return [f"{label}: " + ", ".join(f"{key} {model.meta[key]}" for key in
-                                     ("train_type", "out_dataset", "epochs", "seed", "augm_flag", "source")
+                                     ("train_type", "out_dataset", "out_dir", "epochs", "steps", "seed", "augm_flag",
+                                      "source")
                                      if model.meta.get(key) is not None)
             for label, model in models.items()]

@@ -56,9 +56,9 @@ def lr_factor(schedule: str, progress: float) -> float:
     return 0.1 ** sum(progress >= milestone for milestone in params.MILESTONES)
 
 
-def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet | None, augmentation: Augmentation,
-          settings: Settings, state_path: Path, resume: bool, options: dict, log_dir: Path,
-          verbose: bool = False) -> list[dict]:
+def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet | None,
+          augmentation: Augmentation | None, settings: Settings, state_path: Path, resume: bool, options: dict,
+          log_dir: Path, verbose: bool = False) -> list[dict]:
     """Train `model` in place and return one dict of scalars an epoch.
 
     The state (weights, optimiser, generators, position) is saved to state_path; with `resume` the run goes on

@@ -1,0 +1,112 @@
+"""--dataset Folder: the user's own images through every script."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import run_script
+from PIL import Image
+
+from utils.files import load_model
+
+COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (210, 50, 40)}
+DATA = "--dataset Folder --data_dir images --image_size 8"
+
+
+def write_images(root, n, colours, seed, mode="RGB"):
+    """n noisy images a class, of sizes that differ, most of them not square."""
+    rng = np.random.default_rng(seed)
+    for name, colour in colours.items():
+        folder = root / name
+        folder.mkdir(parents=True)
+        for i in range(n):
+            height, width = rng.integers(8, 14, 2)
+            pixels = np.clip(rng.normal(0, 30, (height, width, 3)) + colour, 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).convert(mode).save(folder / f"{i}.png")
+
+
+@pytest.fixture(scope="module")
+def folder_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("folder")
+    write_images(folder / "images" / "train", 100, COLOURS, 0)
+    write_images(folder / "images" / "test", 10, COLOURS, 1)
+    write_images(folder / "other", 12, {"grey": (128, 128, 128)}, 2, mode="L")
+    (folder / "images" / "train" / "red" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n cut")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run_script(f"gen_gmm.py {DATA} --PCA 1 --n 5")
+        run_script(f"run_training.py {DATA} --train_type plain --augm_flag 1 --epochs 2 --arch LeNet")
+        run_script(f"run_training.py {DATA} --train_type CEDA_GMM --use_gmm 1 --PCA 1 --fit_out 1 --n 5 --epochs 2 "
+                   "--arch LeNet")
+    return folder
+
+
+@pytest.fixture
+def in_folder(folder_run, monkeypatch):
+    monkeypatch.chdir(folder_run)
+    return folder_run
+
+
+def test_models_take_shape_and_classes_from_the_folder(in_folder):
+    for label in ("Base", "CCU"):
+        model = load_model(f"checkpoints/Folder/{label}.pt")
+        assert model.spec["base_model"] == {"arch": "LeNet", "channels": 3, "size": 8, "classes": 3}
+        assert model.meta["class_names"] == ["blue", "green", "red"]
+        assert model.meta["test_error"] < 15        # three colours; CCU is uniform, and so wrong, on outliers
+    shades = torch.tensor(list(COLOURS.values())).view(3, 3, 1, 1) / 255
+    base = load_model("checkpoints/Folder/Base.pt")
+    assert base(shades.expand(3, 3, 8, 8)).argmax(1).tolist() == [0, 1, 2]     # labels go by the folders' names
+
+
+def test_tables(in_folder, capsys):
+    run_script(f"gen_eval.py {DATA} --ood grey=other --output results/t2")
+    run_script("gen_attack_stats.py --datasets Folder --data_dir images --image_size 8 --fit_out 1 --steps 5 "
+               "--restarts 1 --batches 1 --batch_size 10 --wide_format 1 --output results/t1")
+    table2 = pd.read_csv("results/t2.csv", index_col=0, header=[0, 1])
+    assert {"Patches", "Noise", "Uniform", "grey"} <= set(table2.index)
+    assert table2.loc["Uniform", ("CCU", "MMC")] < 34        # 1/3 far away
+    table1 = pd.read_csv("results/t1.csv", index_col=[0, 1])
+    assert table1.loc[("Folder", "TE"), "Base"] == 0
+    assert table1.loc[("Folder", "MMC"), "CCU"] <= 1.1 / 3 * 100
+    assert "1 of 301 images cannot be read" not in capsys.readouterr().err       # which is a training image
+
+
+def test_a_broken_image_is_named_and_left_out(in_folder, capsys):
+    run_script(f"gen_gmm.py {DATA} --PCA 0 --n 3")
+    captured = capsys.readouterr()
+    assert "1 of 301 images cannot be read and are left out: images/train/red/broken.png" in captured.err
+    assert "per image of 300" in captured.out
+
+
+@pytest.mark.parametrize("command, culprit", [
+    ("gen_eval.py --dataset Folder --data_dir images --image_size 12", "--image_size 8"),
+    ("gen_eval.py --dataset Folder --data_dir other", "other/train is not there"),
+    ("run_training.py --dataset Folder --data_dir images --image_size 12 --train_type CEDA_GMM --use_gmm 1 --n 5",
+     "--image_size"),
+    ("run_training.py --dataset Folder --data_dir images --image_size 10 --train_type plain", "no multiple of 4"),
+    ("load_pretrained.py --dataset Folder --pretrained x.pt", "Folder"),
+])
+def test_what_does_not_fit_is_named(in_folder, capsys, command, culprit):
+    with pytest.raises(SystemExit) as stopped:
+        run_script(command)
+    captured = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert culprit in captured.err.splitlines()[-1]
+
+
+def test_a_model_of_other_classes_is_refused(in_folder, capsys, tmp_path):
+    names = dict(zip(("cars", "ships", "trains"), COLOURS.values(), strict=True))
+    for split in ("train", "test"):
+        write_images(tmp_path / split, 2, names, 0)
+    with pytest.raises(SystemExit) as stopped:
+        run_script(f"gen_eval.py --dataset Folder --data_dir {tmp_path} --image_size 8")
+    assert stopped.value.code == 2
+    assert "trained on the classes blue, green, red, not on cars, ships, trains" in capsys.readouterr().err
+
+
+def test_few_images_for_the_metric_are_pointed_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "images" / "train", 8, COLOURS, 0)
+    write_images(tmp_path / "images" / "test", 2, COLOURS, 1)
+    run_script(f"gen_gmm.py {DATA} --PCA 1 --n 2")
+    assert "24 images span no more than 23 directions" in capsys.readouterr().out
