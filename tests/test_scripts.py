@@ -12,6 +12,7 @@ import torch
 from conftest import run_script
 from sklearn.metrics import roc_auc_score
 
+import models
 from utils import files, load_model
 from utils.data import load_in_dist, load_ood
 
@@ -202,9 +203,8 @@ def test_an_unwritable_results_folder_is_one_line(work, capsys):
 def test_models_for_other_images_and_other_kinds_are_refused(work, capsys):
     shutil.copy("checkpoints/Digits/Base.pt", "checkpoints/Digits/CCUs.pt")
     refused("gen_attack_stats.py --datasets Digits", capsys, "CCUs.pt is no CCU model")
-    Path("checkpoints/CIFAR10").mkdir()
-    shutil.copy("checkpoints/Digits/Base.pt", "checkpoints/CIFAR10/Base.pt")
-    refused("gen_eval.py --dataset CIFAR10", capsys, "channels 1, CIFAR10 has 3")
+    files.save_model(models.Softmax(models.build_classifier("LeNet", 3, 32, 10)), "checkpoints/Digits/Other.pt", {})
+    refused("gen_eval.py --dataset Digits", capsys, "channels 3, Digits has 1")
 
 
 def test_two_models_do_not_share_units(work, monkeypatch):
