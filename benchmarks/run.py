@@ -1,0 +1,513 @@
+"""How fast it is, against the bare network and against the plain way of doing each thing.
+
+    python benchmarks/run.py                # the CPU
+    python benchmarks/run.py --gpu 0        # a GPU
+    python benchmarks/run.py --quick 1      # few repeats, small sizes: does it run?
+
+All figures of one run come from one process; what is compared runs in turn, and medians count.  Prints a table and one
+JSON line a figure, and writes these to results/benchmark_<machine>.json.  The baselines are written for this file,
+simply: naive = rotate every difference of an image and a centroid, as the published code does; scikit-learn's fit;
+scipy's brentq, point by point; a DataLoader with PIL transforms.  Nothing else should run beside it.  About 15 minutes
+on two cores, of which the naive steps take half.
+"""
+
+import json
+import math
+import multiprocessing
+import os
+import platform
+import re
+import statistics
+import sys
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.optimize import brentq
+from scipy.special import logsumexp
+
+import params
+from models import CCU, GMM, PCAMetric, Softmax, build_classifier, certified_radius
+from utils import cli, files
+from utils.attack import Region, ascend, attack, score_and_gradient
+from utils.data import Augmentation, ImageSet, batches, load_in_dist
+from utils.errors import MissingData
+from utils.evaluation import evaluate
+from utils.fit import em, fit_gmm, kmeans_start
+from utils.objectives import CEDA, CEDA_GMM, Plain
+from utils.torchvision_guard import datasets
+from utils.training import Settings, make_optimizer, train
+
+NETWORKS = {"LeNet": (1, 28, "adam"), "ResNet18": (3, 32, "sgd")}
+K, M, B = 100, 10, 128
+
+
+class Report:
+    """Collects figures; `add` prints one as a JSON line."""
+
+    def __init__(self, machine: dict):
+        self.machine, self.figures = machine, []
+
+    def add(self, name: str, value: float, unit: str, baseline: float | None = None, ratio: float | None = None,
+            most: float | None = None, least: float | None = None, **more) -> None:
+        """ratio: how it compares with the baseline.  most, least: the target, for the ratio or else the value."""
+        compared = ratio if ratio is not None else value
+        target = f"<= {most:g}" if most is not None else f">= {least:g}" if least is not None else None
+        met = compared <= most if most is not None else compared >= least if least is not None else None
+        figure = {"name": name, "value": value, "unit": unit, "baseline": baseline, "ratio": ratio, "target": target,
+                  "met": met, **more}
+        self.figures.append(figure)
+        print(json.dumps(figure | self.machine), flush=True)
+
+    def table(self) -> str:
+        def number(value):
+            return "" if value is None else f"{value:,.4g}" if abs(value) < 1e5 else f"{value:,.0f}"
+        rows = [("figure", "value", "unit", "baseline", "ratio", "target", "met")]
+        rows += [(f["name"], number(f["value"]), f["unit"], number(f["baseline"]), number(f["ratio"]),
+                  f["target"] or "", {True: "yes", False: "no", None: ""}[f["met"]]) for f in self.figures]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+                         for row in rows)
+
+
+def interleaved(functions: dict, repeats: int, device: torch.device) -> dict[str, float]:
+    """Median seconds of each function, called in turn after one call each to warm up."""
+    seconds = {name: [] for name in functions}
+    for i in range(repeats + 1):
+        for name, function in functions.items():
+            synchronise(device)
+            start = time.perf_counter()
+            function()
+            synchronise(device)
+            if i:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# --- what is measured on ------------------------------------------------------------------------------------------
+
+def make_ccu(arch: str, device: torch.device) -> CCU:
+    """A CCU of the default shape; what it computes takes the same time whatever the numbers are."""
+    channels, size, _ = NETWORKS[arch]
+    D = channels * size ** 2
+    generator = torch.Generator().manual_seed(0)
+    metric = PCAMetric(torch.linalg.qr(torch.randn(D, D, generator=generator))[0], torch.linspace(10, 0.1, D))
+    gmms = [GMM(torch.rand(K, D, generator=generator), torch.full((K,), math.log(var)),
+                torch.full((K,), -math.log(K)), metric) for var in (0.05, 0.5)]
+    base = build_classifier(arch, channels, size, M)
+    return CCU(base, *gmms, 0.0, M).to(device).to(memory_format=torch.channels_last)
+
+
+def make_batch(arch: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    channels, size, _ = NETWORKS[arch]
+    x, z = torch.rand(2, B, channels, size, size, device=device)
+    return x, torch.arange(B, device=device) % M, z
+
+
+def settings(arch: str, epochs: int = 1) -> Settings:
+    optimizer = NETWORKS[arch][2]
+    return Settings(optimizer, params.LR[optimizer] / 100, params.LR_GMM, params.WEIGHT_DECAY, ("mu", "var"), epochs,
+                    B, 0)
+
+
+class NaiveCCU(CEDA_GMM):
+    """CCU's loss as the published code computes it: six [K, B, D] differences a step, each rotated."""
+
+    @staticmethod
+    def log_prob(gmm: GMM, x: torch.Tensor) -> torch.Tensor:
+        difference = x.flatten(1)[None] - gmm.mu[:, None]                                   # [K, B, D]
+        z = difference @ gmm.metric.comp_vecs.T / gmm.metric.singular_values.sqrt()
+        d2 = z.square().sum(2)                                                              # [K, B]
+        return (gmm.log_norm()[:, None] - d2 / (2 * gmm.logvar.exp()[:, None])).logsumexp(0)
+
+    def __call__(self, model, x, y, z, generator):
+        def densities(images):
+            return self.log_prob(model.gmm_in, images), self.log_prob(model.gmm_out, images)
+
+        in_x, out_x = densities(x)
+        log_p = model.posterior(model.log_softmax(x), in_x, out_x)
+        in_z, out_z = densities(z)
+        log_q = model.posterior(model.log_softmax(z), in_z, out_z)
+        in_x, out_x = densities(x)
+        likelihood = torch.logaddexp(in_x, out_x).mean() + torch.logaddexp(in_z, out_z).mean()
+        return (F.nll_loss(log_p, y) - log_q.mean() - likelihood) / 2, {}
+
+
+def stepper(model, objective, arch: str, device: torch.device):
+    """One training step as utils/training.py makes it, on images that are there already."""
+    optimizer, (x, y, z) = make_optimizer(model, settings(arch)), make_batch(arch, device)
+    model.train()
+    objective.constrain(model)
+
+    def step():
+        loss, _ = objective(model, x, y, z, None)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        objective.constrain(model)
+    return step
+
+
+KINDS = {"ceda": CEDA, "ccu": CEDA_GMM, "naive_ccu": NaiveCCU}
+
+
+def make_step(kind: str, arch: str, amp: bool, device: torch.device):
+    model = make_ccu(arch, device)
+    if kind == "ceda":
+        model = Softmax(model.base_model)
+    model.amp = amp
+    return stepper(model, KINDS[kind](), arch, device)
+
+
+# --- the figures -----------------------------------------------------------------------------------------------------
+
+def steps(report: Report, device: torch.device, quick: bool) -> None:
+    """ccu_step / ceda_step, and naive_ccu_step / ccu_step with their memory."""
+    for arch in NETWORKS:
+        for amp in (False, True):
+            kinds = {kind: make_step(kind, arch, amp, device) for kind in ("ceda", "ccu")}
+            repeats = 3 if quick else {"LeNet": 41, "ResNet18": 7}[arch] if device.type == "cpu" else 100
+            took = interleaved(kinds, repeats, device)
+            most = 1.10 if device.type == "cuda" else 1.05 if arch == "ResNet18" else 1.35 if amp else 1.10
+            report.add(f"ccu_step / ceda_step, {arch}{', bf16' * amp}", 1e3 * took["ccu"], "ms", 1e3 * took["ceda"],
+                       took["ccu"] / took["ceda"], most)
+            if not amp:
+                ours = took["ccu"]
+        if quick and arch == "ResNet18" and device.type == "cpu":
+            continue
+        naive = interleaved({"naive": make_step("naive_ccu", arch, False, device)}, 1 if device.type == "cpu" else 5,
+                            device)["naive"]
+        report.add(f"naive_ccu_step / ccu_step, {arch}", 1e3 * ours, "ms", 1e3 * naive, naive / ours,
+                   least={"LeNet": 15, "ResNet18": 4}[arch])
+        memory = {kind: in_child(peak_of_step, kind, arch, device.index) for kind in ("ccu", "naive_ccu")}
+        if None not in memory.values():
+            report.add(f"memory of a step, {arch}", memory["ccu"] / 2 ** 20, "MiB", memory["naive_ccu"] / 2 ** 20,
+                       memory["ccu"] / memory["naive_ccu"], most=0.25)
+
+
+def peak_of_step(kind: str, arch: str, gpu: int | None) -> int | None:
+    """Bytes that a second step needs on top of model, optimiser and images; None where that can't be told."""
+    device = torch.device("cpu") if gpu is None else torch.device("cuda", gpu)
+    step = make_step(kind, arch, False, device)
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    if not (before := reset_peak()):
+        return None
+    step()
+    return peak() - before
+
+
+def reset_peak() -> int | None:
+    """Forget the process's peak memory (Linux); bytes that it holds now."""
+    try:
+        import ctypes
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        return status("VmRSS")
+    except (OSError, AttributeError):
+        return None
+
+
+def peak() -> int:
+    return status("VmHWM")
+
+
+def status(key: str) -> int:
+    return 1024 * int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1))
+
+
+def in_child(function, *args):
+    """function(*args) in a fresh process: nobody else's memory is counted."""
+    with multiprocessing.get_context("spawn").Pool(1, torch.set_num_threads, (torch.get_num_threads(),)) as pool:
+        return pool.apply(function, args)
+
+
+def loader(report: Report, device: torch.device, quick: bool) -> None:
+    """Augmented MNIST-shaped batches a second."""
+    n = 4_000 if quick else 60_000
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (n, 28, 28), np.uint8)
+    data = ImageSet("MNIST", torch.from_numpy(images)[:, None], torch.zeros(n, dtype=torch.int64), M).to(device)
+    generator = torch.Generator(device).manual_seed(0)
+    augmentation = Augmentation(2, "constant", False)
+
+    def ours():
+        for _ in batches(data, B, generator, augmentation):
+            pass
+    rate = n / interleaved({"ours": ours}, 3, device)["ours"]
+    few = images[:2_000 if quick else 20_000]
+    rates = {workers: len(few) / pil_epoch(few, workers) for workers in (0, 1, 2, 4, 8) if workers <= os.cpu_count()}
+    workers, baseline = max(rates.items(), key=lambda item: item[1])
+    report.add("loader", rate, "images/s", baseline, rate / baseline, least=30, workers=workers)
+
+
+class PILImages(torch.utils.data.Dataset):
+    def __init__(self, images: np.ndarray):
+        datasets()          # torchvision, also where its operators don't load
+        from torchvision import transforms
+        self.images = images
+        self.transform = transforms.Compose([
+            transforms.RandomApply([transforms.RandomCrop(28, padding=2)]), transforms.ToTensor()])
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        from PIL import Image
+        return self.transform(Image.fromarray(self.images[i])), 0
+
+
+def pil_epoch(images: np.ndarray, workers: int) -> float:
+    """Seconds of an epoch, after one that starts the workers."""
+    batches = torch.utils.data.DataLoader(PILImages(images), B, shuffle=True, num_workers=workers,
+                                          persistent_workers=workers > 0)
+    for _ in range(2):
+        start = time.perf_counter()
+        for _ in batches:
+            pass
+    return time.perf_counter() - start
+
+
+@torch.no_grad()
+def climb(model, region: Region, steps: int) -> None:
+    ascend(model.attack_score, region, torch.zeros_like(region.seeds), steps, 0.3 * region.radius)
+
+
+def attacks(report: Report, device: torch.device, quick: bool) -> None:
+    """A step of the attack against a forward and a backward pass, and the default Table-1 job."""
+    for arch in ("LeNet",) if quick and device.type == "cpu" else NETWORKS:
+        ccu = make_ccu(arch, device).eval()
+        metric = ccu.gmm_in.metric
+        n = 500 if arch == "LeNet" or device.type == "cuda" else 50
+        channels, size, _ = NETWORKS[arch]
+        x = torch.rand(n, channels, size, size, device=device)
+        region = Region(metric, x, torch.full((n,), 5.0, dtype=torch.float64, device=device))
+        count = 2 if quick else 10
+        for label, model in {"Base": Softmax(ccu.base_model).eval(), "CCU": ccu}.items():
+            took = interleaved({"one": partial(climb, model, region, 1),
+                                "more": partial(climb, model, region, 1 + count),
+                                "passes": partial(score_and_gradient, model.attack_score, x)},
+                               2 if quick else 7, device)
+            step = (took["more"] - took["one"]) / count
+            report.add(f"attack_step / passes, {arch}, {label}", 1e3 * step, "ms", 1e3 * took["passes"],
+                       step / took["passes"], most=1.15, batch=n)
+            if arch == "LeNet":
+                seeds, restarts, many = 200, 50, 500
+                if device.type == "cuda" and not quick:
+                    z = torch.rand(seeds, channels, size, size, device=device)
+                    radii = torch.full((seeds,), 5.0, dtype=torch.float64, device=device)
+                    whole = partial(attack, model, metric, z, radii, many, restarts)
+                    job = interleaved({"job": whole}, 1, device)["job"]
+                else:
+                    job = step * many * seeds * restarts / n
+                report.add(f"Table 1, {arch}, {label}: {seeds} seeds x {restarts} restarts x {many} steps", job / 3600,
+                           "h", measured=device.type == "cuda" and not quick)
+
+
+def certificates(report: Report, device: torch.device, quick: bool) -> None:
+    """Certified radii a second, against brentq point by point."""
+    ccu = make_ccu("LeNet", device).eval()
+    ccu.gmm_in.metric.singular_values.fill_(1.0)
+    with torch.no_grad():       # as on MNIST: seeds of uniform noise, centroids nearly black
+        ccu.gmm_in.mu.mul_(0.3)
+        ccu.gmm_out.mu.mul_(0.8)
+    x = torch.rand(1000, 1, 28, 28, device=device)
+    took = interleaved({method: partial(certified_radius, ccu, x, method=method) for method in
+                        ("paper", "tight")}, 1 if quick else 5, device)
+    points = x[:2 if quick else 5].cpu().double().flatten(1).numpy()
+    start = time.perf_counter()
+    found = [brentq_radius(ccu, point) for point in points]
+    baseline = len(points) / (time.perf_counter() - start)
+    ours = certified_radius(ccu, x[:len(points)], method="paper").cpu().numpy()
+    assert np.allclose(found, ours, rtol=1e-5), (found, ours)
+    for method, seconds in took.items():
+        rate = len(x) / seconds
+        report.add(f"certificate, {method}", rate, "radii/s", baseline, rate / baseline, least=300)
+
+
+def brentq_radius(ccu: CCU, x: np.ndarray, ratio: float = 1.1) -> float:
+    """The paper's radius; every evaluation of the bound measures the distances, as the published code does."""
+    V = ccu.gmm_in.metric.comp_vecs.double().cpu().numpy()
+    root = ccu.gmm_in.metric.singular_values.double().cpu().sqrt().numpy()
+    mu, variance, log_norm = ([getattr(gmm, key)().double().detach().cpu().numpy() if key == "log_norm" else
+                               getattr(gmm, key).double().detach().cpu().numpy() for gmm in (ccu.gmm_in, ccu.gmm_out)]
+                              for key in ("mu", "logvar", "log_norm"))
+    variance = [np.exp(v) for v in variance]
+
+    def log_excess(R):
+        d_in, d_out = (np.linalg.norm((x - m) @ V.T / root, axis=1) for m in mu)
+        log_U = logsumexp(log_norm[0] - np.maximum(d_in - R, 0) ** 2 / (2 * variance[0]))
+        log_L = logsumexp(log_norm[1] - (d_out + R) ** 2 / (2 * variance[1]))
+        return log_U - log_L - ccu.loglam.item() - math.log((ratio - 1) / (M - ratio))
+    return brentq(log_excess, 0, 1e3, xtol=1e-9) if log_excess(0) < 0 else 0.0
+
+
+def gmm_fits(report: Report, device: torch.device, quick: bool, data_dir: str) -> None:
+    """60,000 x 784, K = 100, to the same log-likelihood as scikit-learn; and the memory of 50,000 x 3,072."""
+    from sklearn.mixture import GaussianMixture
+    try:
+        X, source = load_in_dist("MNIST", "train", data_dir).floats().flatten(1), "MNIST"
+    except MissingData:
+        X, source = synthetic(60_000, 784), "synthetic"
+    X = X[:3_000] if quick else X
+    metric = PCAMetric.fit(X)
+    z = metric.transform(X)
+    z_device = z.to(device)
+    K_, reg = (10 if quick else K), params.REG_COVAR
+
+    def ours():
+        start = kmeans_start(z_device, K_, 0, reg)
+        return em(z_device, start, reg, update_weights=True, tol=1e-3, max_iter=200)
+    start = time.perf_counter()
+    fit = ours()
+    synchronise(device)
+    seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    theirs = GaussianMixture(K_, covariance_type="spherical", reg_covar=reg, tol=1e-3, max_iter=200,
+                             random_state=0).fit(z.numpy())
+    baseline = time.perf_counter() - start
+    likelihoods = {"ours": fit.log_likelihoods[-1], "scikit-learn": float(theirs.score(z.numpy()))}
+    report.add("gmm_fit", seconds, "s", baseline, baseline / seconds, least=3, data=source, images=len(X),
+               log_likelihood=likelihoods, iterations={"ours": len(fit.log_likelihoods) - 1,
+                                                       "scikit-learn": int(theirs.n_iter_)})
+    # from the same start, step for step
+    shared = kmeans_start(z_device, K_, 0, reg)
+    count = min(10, int(theirs.n_iter_))
+    start = time.perf_counter()
+    fit = em(z_device, shared, reg, update_weights=True, tol=0, max_iter=count)
+    synchronise(device)
+    seconds = time.perf_counter() - start
+    theirs = GaussianMixture(K_, covariance_type="spherical", reg_covar=reg, tol=0, max_iter=count, random_state=0,
+                             means_init=shared.means.cpu().numpy(), weights_init=shared.weights.cpu().numpy(),
+                             precisions_init=1 / shared.variances.cpu().numpy(), init_params="random_from_data")
+    start = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")         # that it has not converged is meant
+        theirs.fit(z.numpy())
+    baseline = time.perf_counter() - start
+    report.add("gmm_fit, EM alone from one start", seconds, "s", baseline, baseline / seconds, data=source,
+               iterations=count, log_likelihood={"ours": fit.log_likelihoods[-1],
+                                                 "scikit-learn": float(theirs.score(z.numpy()))})
+    if not quick:
+        report.add("gmm_fit, memory of 50,000 x 3,072", in_child(peak_of_fit, 50_000, 3_072) / 2 ** 30, "GiB",
+                   most=8)
+
+
+def synthetic(n: int, D: int) -> torch.Tensor:
+    """Images-like vectors [n, D] in [0, 1] whose variance falls off as a power of the component."""
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.randn(100, D, generator=generator) / torch.arange(1, 101)[:, None]
+    return torch.cat([(torch.randn(len(block), 100, generator=generator) @ basis / 4 + 0.5 +
+                       0.02 * torch.randn(len(block), D, generator=generator)).clamp_(0, 1)
+                      for block in torch.arange(n).split(5_000)])
+
+
+def peak_of_fit(n: int, D: int) -> int:
+    """Peak bytes of a process that makes the images, fits metric and mixture, and has loaded PyTorch for it."""
+    X = synthetic(n, D)
+    metric = PCAMetric.fit(X)
+    fit_gmm(metric.transform(X), metric, K, params.REG_COVAR, 0, lambda *_: None)
+    import resource
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def evaluation(report: Report, device: torch.device, quick: bool) -> None:
+    """Images a second of CCU against its bare network."""
+    for arch, (channels, size, _) in NETWORKS.items():
+        ccu = make_ccu(arch, device)
+        n = 1_000 if quick or arch == "ResNet18" and device.type == "cpu" else 10_000
+        data = ImageSet("test", torch.randint(0, 256, (n, channels, size, size), dtype=torch.uint8), None, 0).to(device)
+        models = {"ccu": ccu, "network": Softmax(ccu.base_model)}
+        took = interleaved({name: partial(evaluate, model, data, 1000) for name, model in models.items()},
+                           2 if quick else 7, device)
+        report.add(f"eval, {arch}", n / took["ccu"], "images/s", n / took["network"], took["ccu"] / took["network"],
+                   most=1.1)
+
+
+def epochs(report: Report, device: torch.device, quick: bool) -> None:
+    """An epoch of FMNIST's shape (60,000 x 28 x 28, ResNet18, bf16) with the whole loop, on a GPU."""
+    if device.type != "cuda":
+        print("epochs of ResNet18: on a GPU only (--gpu 0)", file=sys.stderr)
+        return
+    n = 6_000 if quick else 60_000
+    data, out = (ImageSet(name, torch.randint(0, 256, (n, 1, 28, 28), dtype=torch.uint8), torch.arange(n) % M, M
+                          ).to(device) for name in ("FMNIST", "out"))
+    generator = torch.Generator().manual_seed(0)
+    D = 784
+    metric = PCAMetric(torch.linalg.qr(torch.randn(D, D, generator=generator))[0], torch.linspace(10, 0.1, D))
+    gmms = [GMM(torch.rand(K, D, generator=generator), torch.full((K,), math.log(var)),
+                torch.full((K,), -math.log(K)), metric) for var in (0.05, 0.5)]
+    scratch = Path(os.devnull).parent / "shm" if Path("/dev/shm").is_dir() else Path(".")
+    for label, objective in {"Base": Plain(), "CCU": CEDA_GMM()}.items():
+        network = build_classifier("ResNet18", 1, 28, M)
+        model = (CCU(network, *gmms, 0.0, M) if label == "CCU" else Softmax(network)).to(device)
+        model.amp = True
+        state = scratch / f".benchmark_{os.getpid()}.state"
+        history = train(model, objective, data, out if label == "CCU" else None, Augmentation(2, "constant", False),
+                        settings("ResNet18", 3), state, False, {}, scratch / f".benchmark_{os.getpid()}_logs")
+        state.unlink(missing_ok=True)
+        seconds = statistics.median(epoch["seconds"] for epoch in history[1:])
+        report.add(f"epoch, ResNet18, {label}, bf16, {n} images", seconds, "s", hours_to_100_epochs=seconds / 36)
+
+
+SECTIONS = ("steps", "loader", "attacks", "certificates", "gmm_fits", "evaluation", "epochs")
+
+
+def main(args):
+    device = cli.device(-1 if args.gpu is None else args.gpu)
+    machine = describe(device)
+    path = args.output or Path(__file__).parent.parent / "results" / f"benchmark_{slug(machine)}.json"
+    files.check_writable(path)
+    report = Report(machine)
+    for section in args.only or SECTIONS:
+        more = (args.data_dir,) if section == "gmm_fits" else ()
+        globals()[section](report, device, args.quick, *more)
+    print(f"\n{report.table()}\n")
+    if not args.quick and not args.only:
+        record = files.run_record(args)
+        record = {key: record[key] for key in ("command", "commit", "time")}
+        print(f"wrote {files.write_json(path, record | {'machine': machine, 'figures': report.figures})}")
+
+
+def describe(device: torch.device) -> dict:
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists() and (found := re.search(r"model name\s*: (.*)", cpuinfo.read_text())):
+        processor = found.group(1)
+    return {"processor": processor, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None, "torch": torch.__version__,
+            "python": platform.python_version()}
+
+
+def slug(machine: dict) -> str:
+    name = machine["gpu"] or f"{machine['processor']} {machine['threads']} threads"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def parser() -> cli.Parser:
+    p = cli.Parser(__doc__).common()
+    p.add_argument("--quick", type=cli.flag, default=False, help="1 = few repeats and small sizes, nothing written (0)")
+    p.add_argument("--only", nargs="+", choices=SECTIONS, help="some sections only; nothing is written")
+    p.add_argument("--output", help="results/benchmark_<machine>.json", metavar="FILE")
+    return p
+
+
+if __name__ == "__main__":
+    cli.run(main, parser())
