@@ -30,8 +30,9 @@ class LeNet(Classifier):
         self.fc2 = nn.Linear(1024, classes)
 
     def convolutions(self, x: Tensor) -> Tensor:
-        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
-        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
+        # max-pool and ReLU commute: in this order the ReLU has a quarter of the work
+        x = F.relu(F.max_pool2d(self.conv1(x), 2))
+        x = F.relu(F.max_pool2d(self.conv2(x), 2))
         return x.flatten(1)                                             # [B, 3136]
 
     def features(self, x: Tensor) -> Tensor:
