@@ -67,7 +67,7 @@ def trainings():
     def die(self, epoch):
         if epoch == 1:
             raise KeyboardInterrupt
-    train("MCD --label whole")
+    train("MCD --label whole --verbose 1")
     objectives.Plain.start_epoch = die
     run_training.train.__globals__["SAVE_EVERY"] = 0.0
     try:
