@@ -124,6 +124,9 @@ def device(gpu: int | None) -> torch.device:
         raise UserError(f"--gpu {gpu}: leave it out, torchrun gives each process a GPU of its own; or -1 for the CPU")
     if gpu is None:
         gpu = -1 if not count else parallel.local_rank() if several else 0
+        if gpu >= count:
+            raise UserError(f"this machine shows {count} GPU{'s' * (count != 1)} to PyTorch: start as many processes, "
+                            f"torchrun --nproc_per_node={count} ..., or give --gpu -1 for the CPU")
     if gpu == -1:
         return torch.device("cpu")
     if not 0 <= gpu < count:
