@@ -109,14 +109,10 @@ def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet |
             optimizer.step()
             objective.constrain(model)
             scalars["loss"] = loss.detach()
-            if verbose:
-                scalars = parallel.sum_scalars(scalars)
-            for name, value in scalars.items():
+            for name, value in parallel.sum_scalars(scalars).items():
                 totals[name] = totals.get(name, 0) + value * len(x)
                 if verbose and main:
                     writer.add_scalar(f"step/{name}", value.item(), epoch * steps + step + 1)
-        if not verbose:
-            totals = parallel.sum_scalars(totals)
         means = {name: (value / len(data)).item() for name, value in totals.items()}
         # the loss was taken before the last step: the weights are looked at too
         if not (math.isfinite(means["loss"]) and all(v.isfinite().all() for v in model.state_dict().values())):
