@@ -6,7 +6,8 @@ Seeds are uniform noise; around each the CCU model (CCUs without --fit_out 1) ce
 confidence stays below 1.1/M.  Every model is attacked in the same balls, intersected with the unit cube, by
 projected gradient ascent on its score.  Rows: TE test error, MMC mean maximal confidence, SR share of attacked points
 that score at least as high as half of the test images, AUC of test images against attacked points.  Writes the table
-to results/ and seeds, radii, samples and scores to results/backup/ (README, "Backups").
+to results/ and seeds, radii, samples and scores to results/backup/ (README, "Backups").  torchrun --nproc_per_node=N
+gen_attack_stats.py ... shares the batches of all models out over N processes.
 
 --certify 1 adds, for models with a certificate: mean and median radius by both bounds, the mean of the certified upper
 bounds on the confidence in the attacked balls, the share of balls where it is at most 1.1/M, and GAUC, the AUROC of
@@ -24,7 +25,7 @@ from tqdm import tqdm
 import model_paths
 import params
 from models import CCU, certified_radius, confidence_bound
-from utils import cli, evaluation, files, tables
+from utils import cli, evaluation, files, parallel, tables
 from utils.attack import attack
 from utils.data import load_in_dist, load_ood
 from utils.errors import UserError
@@ -53,8 +54,16 @@ def main(args):
         parts = {label: unit_folder(dataset, label, model, metric, seeds, radii, args)
                  for label, model in models.items()}
         finished += parts.values()
-        result = {label: attack_model(label, model, metric, seeds, radii, parts[label], args, device)
-                  for label, model in models.items()}
+        parallel.barrier()      # rank 0 has emptied the folders
+        batches = list(zip(seeds.split(args.batch_size), radii.split(args.batch_size), strict=True))
+        units = {(label, b): parts[label] / f"{b}.pt" for label in models for b in range(len(batches))}
+        for label, b in list(units)[parallel.rank()::parallel.world_size()]:
+            if not units[label, b].exists():
+                attack_batch(label, models[label], metric, b, *batches[b], units[label, b], args, device)
+        parallel.barrier()
+        if parallel.rank() > 0:
+            continue
+        result = {label: merge([units[label, b] for b in range(len(batches))]) for label in models}
         for label, model in models.items():
             log_p, scores_in = tested[label]
             rows[dataset, label] = statistics(model, log_p, scores_in, result[label]["score"], on_test.labels)
@@ -72,6 +81,8 @@ def main(args):
             "meta": {label: model.meta for label, model in models.items()},
             "scores_in": {label: scores_in.cpu() for label, (_, scores_in) in tested.items()},
             "labels_in": test.labels.cpu()}, backup))
+    if parallel.rank() > 0:
+        return
     table = layout(rows, args)
     title = "Table 1: adversarial noise (%)"
     tables.show(table, title)
@@ -133,24 +144,23 @@ def same_metric(a, b) -> bool:
     return torch.equal(a.comp_vecs, b.comp_vecs) and torch.equal(a.singular_values, b.singular_values)
 
 
-def attack_model(label, model, metric, seeds, radii, parts, args, device) -> dict:
-    """Worst samples and their scores, batch by batch; a finished batch is kept in `parts` for --resume 1."""
-    units = []
-    for b, (x, r) in enumerate(zip(seeds.split(args.batch_size), radii.split(args.batch_size), strict=True)):
-        path = parts / f"{b}.pt"
-        if not path.exists():
-            generator = torch.Generator(device).manual_seed(args.seed * 1000 + b)
-            with tqdm(desc=f"{label}, batch {b + 1}", total=args.steps, leave=False, disable=None) as bar:
-                found = attack(model, metric, x.to(device), r.to(device), args.steps, args.restarts, args.alpha,
-                               generator, progress=bar.update)
-            with torch.no_grad():
-                unit = {"samples": found.samples.cpu(), "score": model.score(found.samples).cpu(),
-                        "prediction": model(found.samples).argmax(1).cpu(),
-                        "seed_score": model.score(x.to(device)).cpu()}
-            files.save(unit, path)
-            print(f"{label}, batch {b + 1}: mean score {unit['seed_score'].mean():.4f} -> {unit['score'].mean():.4f}",
-                  flush=True)
-        units.append(files.load(path))
+def attack_batch(label, model, metric, b, x, r, path, args, device) -> None:
+    """Worst samples and their scores of batch b, seeds x and radii r; kept in `path`, for --resume 1 too."""
+    generator = torch.Generator(device).manual_seed(args.seed * 1000 + b)
+    with tqdm(desc=f"{label}, batch {b + 1}", total=args.steps, leave=False, disable=None) as bar:
+        found = attack(model, metric, x.to(device), r.to(device), args.steps, args.restarts, args.alpha, generator,
+                       progress=bar.update)
+    with torch.no_grad():
+        unit = {"samples": found.samples.cpu(), "score": model.score(found.samples).cpu(),
+                "prediction": model(found.samples).argmax(1).cpu(), "seed_score": model.score(x.to(device)).cpu()}
+    files.save(unit, path)
+    print(f"{label}, batch {b + 1}: mean score {unit['seed_score'].mean():.4f} -> {unit['score'].mean():.4f}",
+          flush=True)
+
+
+def merge(paths) -> dict:
+    """The batches of one model, one after the other."""
+    units = [files.load(path) for path in paths]
     return {key: torch.cat([unit[key] for unit in units]) for key in units[0]}
 
 
@@ -162,7 +172,7 @@ def unit_folder(dataset, label, model, metric, seeds, radii, args):
     for tensor in (seeds, radii, *metric.state_dict().values(), *model.state_dict().values()):
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     folder = model_paths.attack_units(dataset, label, digest.hexdigest())
-    if folder.exists() and not args.resume:
+    if folder.exists() and not args.resume and parallel.rank() == 0:
         shutil.rmtree(folder)
     return folder
 
@@ -234,4 +244,4 @@ def parser() -> cli.Parser:
 
 
 if __name__ == "__main__":
-    cli.run(main, parser())
+    cli.run(main, parser(), several=True)

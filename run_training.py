@@ -6,6 +6,9 @@
 
 CEDA_GMM with --fit_out 1 is CCU, without it CCUs; both start from the mixtures of gen_gmm.py.  DE trains --members
 networks.  ODIN and Maha train nothing: they choose their hyperparameters on the model Base, which has to be there.
+torchrun --nproc_per_node=N run_training.py ... trains in N processes, each on a GPU of its own (README, "Several
+GPUs").
+
 MNIST takes, an epoch on two cores, about 20 s for plain and 40 s for CCU with --amp 1.  TensorBoard scalars go to
 logs/.
 """
@@ -18,7 +21,7 @@ import torch
 import model_paths
 import params
 from models import CCU, DE, EDL, MCD, Detector, Softmax, build_classifier
-from utils import cli, files, objectives
+from utils import cli, files, objectives, parallel
 from utils.calibration import calibrate
 from utils.data import Augmentation, load_in_dist
 from utils.errors import UserError
@@ -64,6 +67,8 @@ def main(args):
         states = [model_paths.training_state(path)]
         model, history = train_network(args, args.seed, label, states[0], data, out, base, mixtures)
 
+    if parallel.rank() > 0:
+        return
     log_p, _ = evaluate(model.eval(), test, args.batch_size)
     error = test_error(log_p, test.labels)
     meta = {"dataset": args.dataset, "label": label, "train_type": args.train_type, "out_dataset": out_name,
@@ -92,7 +97,9 @@ def train_network(args, seed, name, state_path, data, out, base, mixtures) -> tu
     if args.arch:
         defaults = replace(defaults, **params.NETWORKS[args.arch])
     torch.manual_seed(seed)
-    model = make_model(args, getattr(defaults, method.arch), seed, data, base, mixtures).to(data.images.device)
+    device = data.images.device
+    model = make_model(args, getattr(defaults, method.arch), seed, data, base, mixtures).to(device)
+    model = parallel.sync_batch_norms(model, device)
     objective = objectives.make(args.train_type, args.loglam, args.fit_out, args.steps, data.images)
     optimizer = method.optimizer or defaults.optimizer
     settings = Settings(optimizer, first(args.lr, method.lr, params.LR[optimizer]), args.lr_gmm,
@@ -203,4 +210,4 @@ def parser() -> cli.Parser:
 
 
 if __name__ == "__main__":
-    cli.run(main, parser())
+    cli.run(main, parser(), several=True)

@@ -131,7 +131,7 @@ class NaiveCCU(CEDA_GMM):
         d2 = z.square().sum(2)                                                              # [K, B]
         return (gmm.log_norm()[:, None] - d2 / (2 * gmm.logvar.exp()[:, None])).logsumexp(0)
 
-    def __call__(self, model, x, y, z, generator):
+    def loss(self, model, x, y, z):
         def densities(images):
             return self.log_prob(model.gmm_in, images), self.log_prob(model.gmm_out, images)
 

@@ -182,7 +182,7 @@ def test_bad_gradients_and_scores_do_not_break_it(f):
     found = attack(Function(f), metric, seeds, torch.full((6,), 0.5), steps=8, restarts=3, generator=gen(0))
     assert found.samples.isfinite().all() and not found.attack_score.isnan().any()
     assert (found.distance <= 0.5).all()
-    x = linf_pgd(f, seeds.flatten(1), 0.1, 5, gen(0))
+    x = linf_pgd(f, seeds.flatten(1), 0.1, 5, seeds_of(6, 10).flatten(1))
     assert x.isfinite().all() and (x - seeds.flatten(1)).abs().max() <= 0.1001
 
 
@@ -221,7 +221,7 @@ def test_leaves_parameters_and_detector_alone():
 
     model, seeds = Linear().eval(), seeds_of(3, 6)
     attack(model, random_metric(6, 10, 0), seeds, torch.ones(3), 3, 2, generator=gen(0))
-    linf_pgd(model.score, seeds, 0.1, 3, gen(0))
+    linf_pgd(model.score, seeds, 0.1, 3, seeds)
     assert all(p.grad is None and p.requires_grad for p in model.parameters()) and not model.training
     assert not seeds.requires_grad
 
@@ -229,9 +229,9 @@ def test_leaves_parameters_and_detector_alone():
 @pytest.mark.parametrize("eps", [0.0, 1 / 255, 0.3, 2.0])
 def test_linf_pgd_stays_in_the_box_exactly_and_beats_its_start(eps):
     x0, net = seeds_of(50, 40), small_net(40)
-    x = linf_pgd(net.attack_score, x0, eps, 15, gen(1))
+    x = linf_pgd(net.attack_score, x0, eps, 15, torch.rand(x0.shape, generator=gen(1)))
     assert (x.double() - x0.double()).abs().max() <= eps + 1e-15 and x.min() >= 0 and x.max() <= 1
-    start = linf_pgd(net.attack_score, x0, eps, 1, gen(1))
+    start = linf_pgd(net.attack_score, x0, eps, 1, torch.rand(x0.shape, generator=gen(1)))
     assert (net.attack_score(x) >= net.attack_score(start)).all()
     if eps == 0:
         assert torch.equal(x, x0)
@@ -241,18 +241,18 @@ def test_linf_pgd_stays_in_the_box_exactly_and_beats_its_start(eps):
 
 def test_linf_pgd_reaches_the_maximum_of_a_linear_and_of_a_concave_function():
     x0, w = seeds_of(20, 12).flatten(1), torch.randn(12, generator=gen(1))
-    x = linf_pgd(lambda x: x @ w, x0, 0.3, 40, gen(2))
+    x = linf_pgd(lambda x: x @ w, x0, 0.3, 40, torch.rand(x0.shape, generator=gen(2)))
     corner = (x0 + 0.3 * w.sign()).clamp(0, 1)
     assert torch.allclose(x, corner, atol=1e-6)
     goal = torch.rand(12, generator=gen(3))
-    x = linf_pgd(lambda x: -(x - goal).square().sum(1), x0, 0.3, 100, gen(2))
+    x = linf_pgd(lambda x: -(x - goal).square().sum(1), x0, 0.3, 100, torch.rand(x0.shape, generator=gen(2)))
     best = goal.clamp(x0 - 0.3, x0 + 0.3)
     assert ((x - goal).square().sum(1) - (best - goal).square().sum(1)).max() < 2e-2
 
 
 def test_linf_pgd_starts_are_random_and_reproducible():
     x0, zero = seeds_of(200, 12), lambda x: 0 * x.flatten(1).sum(1)
-    a, b, c = (linf_pgd(zero, x0, 0.3, 1, gen(s)) for s in (1, 1, 2))
+    a, b, c = (linf_pgd(zero, x0, 0.3, 1, torch.rand(x0.shape, generator=gen(s))) for s in (1, 1, 2))
     assert torch.equal(a, b) and not torch.equal(a, c)
     low, high = (x0 - 0.3).clamp_min(0), (x0 + 0.3).clamp_max(1)
     share = ((a - low) / (high - low)).flatten().numpy()

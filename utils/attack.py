@@ -234,17 +234,15 @@ def unit_ball(base: int, indices: list[int], D: int) -> Tensor:
 
 
 @torch.no_grad()
-def linf_pgd(objective: Callable[[Tensor], Tensor], x0: Tensor, eps: float, steps: int,
-             generator: torch.Generator | None = None) -> Tensor:
+def linf_pgd(objective: Callable[[Tensor], Tensor], x0: Tensor, eps: float, steps: int, uniform: Tensor) -> Tensor:
     """Points x like x0 that raise objective(x) [B] within { x in [0, 1]^D : |x - x0| <= eps }, exactly.
 
-    Starts uniformly in the box and takes `steps` gradients, each of one forward and backward pass.  A sign step
-    that does not lower a point's objective is kept and its length grows; else the point goes back to where it
-    was and halves it.  So the last point kept is the best.
+    Starts where `uniform`, numbers in [0, 1] like x0, lie between the box's corners, and takes `steps` gradients,
+    each of one forward and backward pass.  A sign step that does not lower a point's objective is kept and its length
+    grows; else the point goes back to where it was and halves it.  So the last point kept is the best.
     """
     low, high = box(x0, eps)
-    trial = low + (high - low) * torch.rand(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
-    trial = trial.clamp(low, high)
+    trial = (low + (high - low) * uniform).clamp(low, high)
     best, best_score, gradient = trial, x0.new_full((len(x0),), -torch.inf), torch.zeros_like(x0)
     step = torch.full_like(best_score, eps / 4)
     for k in range(steps):

@@ -8,6 +8,7 @@ import warnings
 import torch
 
 import params
+from utils import parallel
 from utils.errors import UserError, check_name
 
 
@@ -18,6 +19,10 @@ class Parser(argparse.ArgumentParser):
         summary, _, details = doc.strip().partition("\n\n")
         super().__init__(description=summary, epilog=details, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def exit(self, status=0, message=None):
+        """Of several processes only the first to fail says why."""
+        super().exit(status, message if parallel.first_to_fail() else None)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {' '.join(message.split())} (--help lists the options)\n")
@@ -125,27 +130,50 @@ def metric_name(args: argparse.Namespace) -> str:
 
 
 def device(gpu: int | None) -> torch.device:
-    """The device of --gpu: None = GPU 0 where there is one, -1 = CPU."""
+    """The device of --gpu: None = GPU 0 where there is one, -1 = CPU.  Of several processes each has its own GPU."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    several = parallel.world_size() > 1
+    if several and gpu not in (None, -1):
+        raise UserError(f"--gpu {gpu}: leave it out, torchrun gives each process a GPU of its own; or -1 for the CPU")
     if gpu is None:
-        gpu = 0 if count else -1
+        gpu = -1 if not count else parallel.local_rank() if several else 0
+        if gpu >= count:
+            raise UserError(f"this machine shows {count} GPU{'s' * (count != 1)} to PyTorch: start as many processes, "
+                            f"torchrun --nproc_per_node={count} ..., or give --gpu -1 for the CPU")
     if gpu == -1:
         return torch.device("cpu")
     if not 0 <= gpu < count:
         raise UserError(f"--gpu {gpu}: this machine shows {count or 'no'} GPU{'s' * (count != 1)} to PyTorch; "
                         f"{f'choose 0 to {count - 1}, or' if count else 'leave --gpu out, or'} -1 for the CPU")
+    if several:
+        torch.cuda.set_device(gpu)
     return torch.device("cuda", gpu)
 
 
-def run(main, parser: Parser) -> None:
-    """Parse, call main(args), and turn what is the user's to mend into one line and exit code 2."""
+def run(main, parser: Parser, several: bool = False) -> None:
+    """Parse, call main(args), and turn what is the user's to mend into one line and exit code 2.
+
+    several: torchrun may start it in several processes, which end together.
+    """
+    parallel.start()
     args = parser.parse_args()
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
-        main(args)
+        with parallel.quiet():
+            if parallel.world_size() > 1 and not several:
+                raise UserError("runs in one process: start it with python, not with torchrun")
+            if parallel.world_size() > 1 and args.download:
+                raise UserError("--download 1: several processes would fetch the same files; run gen_gmm.py or "
+                                "gen_eval.py with it first")
+            main(args)
+            parallel.end()
     except UserError as error:
         if args.debug:
             raise
         parser.exit(2, f"{parser.prog}: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"\n{parser.prog}: interrupted\n")
+    except Exception:
+        if not parallel.first_to_fail():        # this is what a broken connection looks like
+            parser.exit(2)
+        raise

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 import models
+from utils import parallel
 from utils.errors import UserError
 
 MODEL, MIXTURES = "CCU model, version 1", "CCU mixtures, version 1"
@@ -164,7 +165,7 @@ def run_record(args, **more) -> dict:
     record = {"command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "options": vars(args),
               "commit": commit or None, "time": time.strftime("%Y-%m-%d %H:%M:%S"),
               "python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads(),
-              "gpu": gpu, **more}
+              "gpu": gpu, "processes": parallel.world_size(), **more}
     return json.loads(json.dumps(record, default=str))      # plain values only, whatever they were
 
 

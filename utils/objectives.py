@@ -9,6 +9,7 @@ from torch import Tensor
 import params
 from models import CCU, EDL, Detector
 from models.gan import Discriminator, Generator
+from utils import parallel
 from utils.attack import linf_pgd
 
 
@@ -27,7 +28,11 @@ def mean_confidence(log_confidence: Tensor) -> Tensor:
 
 class Objective:
     """Called once a step with a batch x, y of the in-distribution and out-images z; returns the loss and
-    scalars to log, as tensors on the device."""
+    scalars to log, as tensors on the device.
+
+    Of several processes (utils/parallel.py) each is called with the whole batch and takes its part; what they return
+    adds up to the batch's.
+    """
 
     needs_out = True            # takes out-images
     schedule = "steps"
@@ -39,6 +44,18 @@ class Objective:
 
     def __call__(self, model: Detector, x: Tensor, y: Tensor, z: Tensor | None, generator: torch.Generator
                  ) -> tuple[Tensor, dict[str, Tensor]]:
+        draws = self.draw(x, z, generator)
+        self.weight, (x, y, z, *draws) = parallel.share(len(x), x, y, z, *draws)
+        loss, scalars = self.loss(model, x, y, z, *draws)
+        return self.weight * loss, {name: self.weight * value for name, value in scalars.items()}
+
+    def draw(self, x: Tensor, z: Tensor | None, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """The step's random numbers, a row or more an image."""
+        return ()
+
+    def loss(self, model: Detector, x: Tensor, y: Tensor, z: Tensor | None, *draws: Tensor
+             ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and scalars of (this process's part of) the batch and of what was drawn for it."""
         raise NotImplementedError
 
     def start_epoch(self, epoch: int) -> None:
@@ -68,7 +85,7 @@ class Plain(Objective):
 
     needs_out = False
 
-    def __call__(self, model, x, y, z, generator):
+    def loss(self, model, x, y, z):
         log_p = model(x)
         loss = F.nll_loss(log_p, y)
         return self.p_in * loss, {"loss_in": loss.detach(), "accuracy": accuracy(log_p, y),
@@ -78,7 +95,7 @@ class Plain(Objective):
 class CEDA(Objective):
     """Cross-entropy, and uniform labels on out-images (Hein et al. 2019)."""
 
-    def __call__(self, model, x, y, z, generator):
+    def loss(self, model, x, y, z):
         return self.combine(model(torch.cat((x, z))), y, uniform_cross_entropy, self.p_in, self.p_out)
 
 
@@ -88,7 +105,7 @@ class OE(Objective):
     schedule = "cosine"
     out_batch_ratio = 2
 
-    def __call__(self, model, x, y, z, generator):
+    def loss(self, model, x, y, z):
         return self.combine(model(torch.cat((x, z))), y, uniform_cross_entropy, 1.0, 0.5)
 
 
@@ -108,11 +125,15 @@ class ACET(Objective):
         self.p_in, self.p_out = ((1 / (1 + warm), warm / (1 + warm)) if epoch < params.ACET_WARM_EPOCHS
                                  else self.final)
 
-    def __call__(self, model, x, y, z, generator):
-        if self.uniform:
-            z = torch.rand(x.shape, generator=generator, device=x.device)
+    def draw(self, x, z, generator):
+        """Where the attacks start, in their boxes and, ACET2, the boxes' centres."""
+        centres = torch.rand(x.shape, generator=generator, device=x.device) if self.uniform else z
+        starts = torch.rand(centres.shape, generator=generator, device=x.device, dtype=centres.dtype)
+        return starts, centres
+
+    def loss(self, model, x, y, z, starts, centres):
         model.eval()            # batch statistics would let the noise images of a batch act together
-        z = linf_pgd(model.score, z, params.ACET_EPS, self.steps, generator)
+        z = linf_pgd(model.score, centres, params.ACET_EPS, self.steps, starts)
         model.train()
         return self.combine(model(torch.cat((x, z))), y, lambda log_p: log_p.amax(1).mean(), self.p_in, self.p_out)
 
@@ -120,7 +141,7 @@ class ACET(Objective):
 class CEDA_GMM(Objective):
     """CCU and CCUs: CEDA on the CCU model's confidences, and the densities' likelihood, jointly."""
 
-    def __call__(self, model: CCU, x, y, z, generator):
+    def loss(self, model: CCU, x, y, z):
         images = torch.cat((x, z))
         log_p_in, log_p_out = model.log_densities(images)
         loss, scalars = self.combine(model.posterior(model.log_softmax(images), log_p_in, log_p_out), y,
@@ -150,7 +171,7 @@ class EvidentialMSE(Objective):
 
     needs_out = False
 
-    def __call__(self, model: EDL, x, y, z, generator):
+    def loss(self, model: EDL, x, y, z):
         alpha = model.alpha(x)                                          # [B, M]
         S = alpha.sum(1)
         p = alpha / S[:, None]
@@ -172,20 +193,23 @@ class GAN(Objective):
 
     def __init__(self, channels: int, size: int, device: torch.device):
         super().__init__()
-        self.networks = {"generator": Generator(channels, size).to(device),
-                         "discriminator": Discriminator(channels, size).to(device)}
+        self.networks = {name: parallel.sync_batch_norms(network.to(device), device) for name, network in (
+            ("generator", Generator(channels, size)), ("discriminator", Discriminator(channels, size)))}
         self.optimizers = {name: torch.optim.Adam(network.parameters(), **params.GAN_ADAM)
                            for name, network in self.networks.items()}
 
-    def __call__(self, model, x, y, z, generator):
+    def draw(self, x, z, generator):
+        return self.noise(len(x), generator), self.noise(len(x), generator)
+
+    def loss(self, model, x, y, z, noise, more_noise):
         G, D = self.networks["generator"], self.networks["discriminator"]
-        fake = G(self.noise(len(x), generator))
+        fake = G(noise)
         loss_d = F.softplus(-D(x)).mean() + F.softplus(D(fake.detach())).mean()     # -log D(x) - log(1 - D(fake))
         self.step("discriminator", loss_d)
         loss_g = F.softplus(-D(fake)).mean() + params.GAN_BETA * self.kl_to_uniform(model(fake))
         self.step("generator", loss_g)
         with torch.no_grad():
-            fake = G(self.noise(len(x), generator))
+            fake = G(more_noise)
         loss, scalars = self.classifier_loss(model, x, y, fake)
         return loss, scalars | {"loss_generator": loss_g.detach(), "loss_discriminator": loss_d.detach()}
 
@@ -203,8 +227,9 @@ class GAN(Objective):
     def step(self, name: str, loss: Tensor) -> None:
         """One step of one network; the others, the classifier too, get no gradients of it."""
         weights = list(self.networks[name].parameters())
-        for weight, gradient in zip(weights, torch.autograd.grad(loss, weights), strict=True):
+        for weight, gradient in zip(weights, torch.autograd.grad(self.weight * loss, weights), strict=True):
             weight.grad = gradient
+        parallel.sum_gradients(weights)
         self.optimizers[name].step()
 
     def state_dict(self):

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 import params
 from models import CCU, Detector
-from utils import files
+from utils import files, parallel
 from utils.data import Augmentation, ImageSet, batches, endless
 from utils.errors import UserError
 from utils.objectives import Objective
@@ -65,6 +65,10 @@ def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet |
     from there and ends in the same weights as one that was not interrupted.  `options` are compared, so that
     a run is not continued with others.  verbose logs the scalars of every step to TensorBoard, which waits for
     the device each time.
+
+    Several processes (utils/parallel.py) draw the same batches, take their parts of each and make the same steps as
+    one, up to rounding; rank 0 alone logs and saves.  Dropout (MCD, GAN's VGG13) is the exception: each process draws
+    masks of its own, other numbers than one process does.
     """
     from torch.utils.tensorboard import SummaryWriter
     device = data.images.device
@@ -79,12 +83,15 @@ def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet |
         history = _restore(state_path, model, objective, optimizer, generators, options)
         print(f"resumed after epoch {len(history)}")
     steps = math.ceil(len(data) / settings.batch_size)
-    writer = SummaryWriter(str(log_dir), purge_step=len(history))
+    main = parallel.rank() == 0
+    writer = SummaryWriter(str(log_dir), purge_step=len(history)) if main else None
     saved = time.monotonic()
     for epoch in range(len(history), settings.epochs):
         start = time.monotonic()
         model.train()
         objective.start_epoch(epoch)
+        if (size := parallel.world_size()) > 1:     # dropout differs from process to process; known when resumed
+            torch.manual_seed((settings.seed * settings.epochs + epoch) * size + parallel.rank())
         totals: dict[str, torch.Tensor] = {}
         outs = (endless(out, settings.batch_size * objective.out_batch_ratio, generators["out"], augmentation)
                 if out is not None else None)
@@ -98,29 +105,32 @@ def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet |
             loss, scalars = objective(model, x, y, z, generators["noise"])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            parallel.sum_gradients(model.parameters())
             optimizer.step()
             objective.constrain(model)
             scalars["loss"] = loss.detach()
-            for name, value in scalars.items():
+            for name, value in parallel.sum_scalars(scalars).items():
                 totals[name] = totals.get(name, 0) + value * len(x)
-                if verbose:
+                if verbose and main:
                     writer.add_scalar(f"step/{name}", value.item(), epoch * steps + step + 1)
         means = {name: (value / len(data)).item() for name, value in totals.items()}
         # the loss was taken before the last step: the weights are looked at too
         if not (math.isfinite(means["loss"]) and all(v.isfinite().all() for v in model.state_dict().values())):
-            writer.close()
+            if main:
+                writer.close()
             kept = f"; the state after epoch {_epochs_in(state_path)} is kept" if state_path.exists() else ""
             raise UserError(f"the loss is not finite in epoch {epoch + 1}{kept}: try a smaller --lr or --lr_gmm")
         means["seconds"] = time.monotonic() - start
         history.append(means)
-        for name, value in means.items():
+        for name, value in means.items() if main else ():
             writer.add_scalar(name, value, epoch + 1)
         print(f"epoch {epoch + 1}/{settings.epochs}  " + "  ".join(
             f"{name} {value:.4g}" for name, value in sorted(means.items())), flush=True)
-        if time.monotonic() - saved > SAVE_EVERY or epoch + 1 == settings.epochs:
+        if main and (time.monotonic() - saved > SAVE_EVERY or epoch + 1 == settings.epochs):
             _save(state_path, model, objective, optimizer, generators, history, options)
             saved = time.monotonic()
-    writer.close()
+    if main:
+        writer.close()
     return history
 
 
