@@ -21,7 +21,7 @@ from utils import cli, files, objectives
 from utils.calibration import calibrate
 from utils.data import Augmentation, load_in_dist
 from utils.errors import UserError
-from utils.evaluation import evaluate, test_error
+from utils.evaluation import evaluate, test_error, warn_near_chance
 from utils.out_data import load_out, resolve
 from utils.registry import load_models
 from utils.training import Settings, train
@@ -37,6 +37,8 @@ def main(args):
     calibrated = args.train_type in CALIBRATED
     out_name = resolve(args.out_dataset, args.data_dir) if objectives.needs_out(args.train_type, args.fit_out) else None
 
+    files.check_writable(path, model_paths.log_dir(args.dataset, label, "") / "events")
+
     # what has to be there already comes first
     base = load_models(args.dataset, ["Base"], device)["Base"] if args.warmstart or calibrated else None
     mixtures = load_mixtures(args, out_name) if args.use_gmm else None
@@ -45,6 +47,8 @@ def main(args):
     out = (load_out(out_name, data, args.data_dir, args.out_dir, seed=args.seed, download=args.download,
                     n=params.CALIBRATION_IMAGES if calibrated else None) if out_name else None)
 
+    if args.batch_size > len(data):
+        raise UserError(f"--batch_size {args.batch_size}: {args.dataset} has {len(data)} training images")
     start = time.monotonic()
     epochs, states = args.epochs, []
     if calibrated:
@@ -65,6 +69,7 @@ def main(args):
 
     log_p, _ = evaluate(model.eval(), test, args.batch_size)
     error = test_error(log_p, test.labels)
+    warn_near_chance(f"{label} on {args.dataset}", error, test.classes)
     meta = {"dataset": args.dataset, "label": label, "train_type": args.train_type, "out_dataset": out_name,
             "epochs": epochs, "seed": args.seed, "augm_flag": args.augm_flag, "test_error": error,
             "mixtures": mixtures and mixtures[2]}
@@ -129,9 +134,14 @@ def load_mixtures(args, out_name):
                                                 f"--PCA {int(args.PCA)} --metric {args.metric} --n {args.n} "
                                                 f"--augm_flag {int(args.augm_flag)} --out_dataset {out_name}")
     for key, wanted in (("dataset", args.dataset), ("metric", name), ("n", args.n), ("out_dataset", out_name)):
-        if meta[key] != wanted:
-            raise UserError(f"{path} was fitted with {key} {meta[key]}, not {wanted}: run gen_gmm.py with the same "
+        if meta.get(key) != wanted:
+            raise UserError(f"{path} was fitted with {key} {meta.get(key)}, not {wanted}: run gen_gmm.py with the same "
                             "options, or change them here")
+    defaults = params.DATASETS[args.dataset]
+    for gmm in (gmm_in, gmm_out):
+        if gmm.mu.shape != (wanted := (args.n, defaults.channels * defaults.size ** 2)):
+            raise UserError(f"{path} is damaged: its centroids have shape {list(gmm.mu.shape)}, not {list(wanted)}; "
+                            "run gen_gmm.py again")
     return gmm_in, gmm_out, meta
 
 
@@ -140,7 +150,7 @@ def make_model(args, arch, seed, base, mixtures) -> Detector:
     defaults = params.DATASETS[args.dataset]
     base_model = build_classifier(arch, defaults.channels, defaults.size, defaults.classes)
     if args.warmstart:
-        if base.spec["base_model"] != base_model.spec:
+        if base.spec["base_model"] != base_model.spec or base.spec["kind"] == "DE":
             raise UserError("--warmstart 1: the Base model has another classifier")
         base_model.load_state_dict(base.base_model.state_dict())
     if args.train_type == "EDL":
@@ -167,10 +177,11 @@ def parser() -> cli.Parser:
     p.add_argument("--epochs", type=cli.integer(1), default=params.EPOCHS, help=f"({params.EPOCHS})")
     p.add_argument("--batch_size", type=cli.integer(1), default=params.BATCH_SIZE,
                    help=f"in-images a step; out-images come on top ({params.BATCH_SIZE})")
-    p.add_argument("--lr", type=cli.number(0, open_low=True), help="classifier (Adam 1e-3 on MNIST and Digits and for "
-                   "EDL, 2e-4 for MCD and GAN, SGD 0.1 elsewhere)")
-    p.add_argument("--lr_gmm", type=cli.number(0), default=params.LR_GMM, help=f"mixtures ({params.LR_GMM})")
-    p.add_argument("--decay", type=cli.number(0), help=f"weight decay of the classifier ({params.WEIGHT_DECAY}; MCD 0)")
+    p.add_argument("--lr", type=cli.number(0, 1e3, open_low=True), help="classifier (Adam 1e-3 on MNIST and Digits "
+                   "and for EDL, 2e-4 for MCD and GAN, SGD 0.1 elsewhere)")
+    p.add_argument("--lr_gmm", type=cli.number(0, 1e3), default=params.LR_GMM, help=f"mixtures ({params.LR_GMM})")
+    p.add_argument("--decay", type=cli.number(0, 1e3),
+                   help=f"weight decay of the classifier ({params.WEIGHT_DECAY}; MCD 0)")
     p.add_argument("--loglam", type=cli.number(-50, 50), default=0.0, help="log p(o)/p(i) (0)")
     p.add_argument("--n", type=cli.integer(1), default=params.CENTROIDS,
                    help=f"centroids of the mixtures to start from ({params.CENTROIDS})")

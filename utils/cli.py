@@ -9,6 +9,7 @@ import torch
 
 import params
 from utils.errors import UserError, check_name
+from utils.out_data import KNOWN_OUT
 
 
 class Parser(argparse.ArgumentParser):
@@ -18,6 +19,16 @@ class Parser(argparse.ArgumentParser):
         summary, _, details = doc.strip().partition("\n\n")
         super().__init__(description=summary, epilog=details, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def parse_args(self, args=None, namespace=None):
+        args, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            try:
+                check_name(unknown[0].partition("=")[0], self._option_string_actions, "option")
+            except UserError as error:
+                self.error(str(error))
+            self.error(f"unrecognized: {' '.join(unknown)}")
+        return args
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {' '.join(message.split())} (--help lists the options)\n")
@@ -46,10 +57,10 @@ class Parser(argparse.ArgumentParser):
         return self
 
     def out_dataset(self) -> "Parser":
-        self.add_argument("--out_dataset", default="auto", metavar="D", help="out-distribution: TinyImages, "
-                          "RandomImages300k, Folder (photos in --out_dir), Photos (crops of a photograph that "
-                          "scikit-learn brings) or another data set (auto: the first of the two that is in "
-                          "--data_dir, else Photos)")
+        self.add_argument("--out_dataset", default="auto", choices=("auto", *KNOWN_OUT), metavar="D",
+                          help="out-distribution: TinyImages, RandomImages300k, Folder (photos in --out_dir), "
+                          "Photos (crops of a photograph that scikit-learn brings) or another data set (auto: the "
+                          "first of the two that is in --data_dir, else Photos)")
         self.add_argument("--out_dir", help="folder of photos for --out_dataset Folder")
         return self
 
@@ -108,6 +119,8 @@ def number(low: float = 0.0, high: float = 1e300, open_low: bool = False):
 
 def metric_name(args: argparse.Namespace) -> str:
     """pca, mahalanobis or euclidean, by --PCA and --metric."""
+    if args.metric == "mahalanobis" and not args.PCA:
+        raise UserError("--metric mahalanobis goes with --PCA 1; --PCA 0 is the Euclidean metric")
     return args.metric if args.PCA else "euclidean"
 
 
@@ -133,6 +146,10 @@ def run(main, parser: Parser) -> None:
     except UserError as error:
         if args.debug:
             raise
-        parser.exit(2, f"{parser.prog}: {error}\n")
+        parser.exit(2, f"{parser.prog}: {' '.join(str(error).splitlines())}\n")
+    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
+        if args.debug or type(error) is RuntimeError and "can't allocate memory" not in str(error):
+            raise
+        parser.exit(2, f"{parser.prog}: out of memory: choose a smaller --batch_size, or fewer images or centroids\n")
     except KeyboardInterrupt:
         parser.exit(130, f"\n{parser.prog}: interrupted\n")

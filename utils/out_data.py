@@ -27,6 +27,7 @@ PHOTO_TRAIN = 0.8      # share of the one photograph's width, from the left, tha
 
 Shape = tuple[int, int]   # channels, size
 _FILES = {"TinyImages": "80M_Tiny_Images/tiny_images.bin", "RandomImages300k": "300K_random_images.npy"}
+FIXED = (*_FILES, *PLAIN)      # images as they are; the others are crops of photos
 _HOW = {
     "TinyImages": "80 Million Tiny Images was withdrawn by its owners in 2020; the field uses --out_dataset "
                   "RandomImages300k instead",
@@ -57,6 +58,8 @@ def load_out(name: str, like: ImageSet, data_dir: str | Path, out_dir: str | Pat
     if split not in ("train", "test"):
         raise ValueError(f"split is train or test, not {split}")
     name = resolve(name, data_dir)
+    if out_dir is not None and name != "Folder":
+        raise UserError(f"--out_dir goes with --out_dataset Folder, not with {name}")
     shape = like.images.shape[1:3]
     rng = np.random.default_rng(seed)
     crops = name in ("Folder", "Photos")
@@ -111,7 +114,7 @@ def _tiny_images(path: Path, split: str, n: int, shape: Shape, rng: Generator) -
     if (names := path.with_name("80mn_cifar_idxs.txt")).is_file():
         try:   # the list counts from 1, as Hendrycks' Outlier Exposure reads it
             excluded = np.array(names.read_text().split(), np.int64) - 1
-        except ValueError:
+        except (ValueError, OverflowError):
             raise UserError(f"{names} must hold whole numbers only, one a line") from None
     else:
         print(f"{names} is not there: the images that are in CIFAR too are not left out", file=sys.stderr)

@@ -32,6 +32,9 @@ def load_models(dataset: str, labels: list[str] | None, device: torch.device) ->
             if model.spec["base_model"][key] != (wanted := getattr(params.DATASETS[dataset], key)):
                 raise UserError(f"{found[label]} has {key} {model.spec['base_model'][key]}, {dataset} has {wanted}: "
                                 "it is a model for other images; remove it")
+        if model.meta.get("dataset", dataset) != dataset:
+            raise UserError(f"{found[label]} was trained on {model.meta['dataset']}, not on {dataset}; remove it, and "
+                            "train one: run_training.py")
     return models
 
 
