@@ -52,7 +52,7 @@ def main(args):
     for dataset, (models, metric, test, seeds, radii) in jobs.items():
         if args.models is None:
             name_untrained(dataset)
-        if (zero := int((radii == 0).sum())) > len(radii) / 2:
+        if args.radius is None and (zero := int((radii == 0).sum())) > len(radii) / 2:
             print(f"warning: {zero} of {len(radii)} radii of {dataset} are 0: nothing is certified around these seeds, "
                   "and their attacks cannot move", file=sys.stderr)
         start = time.monotonic()
@@ -114,14 +114,7 @@ def prepare(dataset: str, args, device):
     test = load_in_dist(dataset, "test", args.data_dir, args.download)
     shape = tuple(test.images.shape[1:])
     if args.load_seeds:
-        seeds = files.load(args.load_seeds, "CCU attack, version 1", "give a file of results/backup").get("seeds")
-        if not isinstance(seeds, torch.Tensor) or seeds.dtype != torch.float32 or seeds.dim() != 4 or not len(seeds):
-            raise UserError(f"{args.load_seeds} is damaged: its seeds are no images")
-        if tuple(seeds.shape[1:]) != shape:
-            raise UserError(f"{args.load_seeds} holds seeds of shape {list(seeds.shape[1:])}, "
-                            f"{dataset} has {list(shape)}")
-        if not ((seeds >= 0) & (seeds <= 1)).all():         # NaN too
-            raise UserError(f"{args.load_seeds} is damaged: it has seeds outside [0, 1]")
+        seeds = load_seeds(args.load_seeds, dataset, shape)
     else:
         n = args.batches * args.batch_size
         if args.seeds:
@@ -141,6 +134,18 @@ def prepare(dataset: str, args, device):
     else:
         radii = certified_radius(ccu, seeds.to(device), params.RATIO, method=args.certificate).cpu()
     return models, metric, test, seeds, radii
+
+
+def load_seeds(path: str, dataset: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """The seeds [N, C, H, W] of a backup; UserError if they are no images of this shape in [0, 1]."""
+    seeds = files.load(path, "CCU attack, version 1", "give a file of results/backup").get("seeds")
+    if not isinstance(seeds, torch.Tensor) or seeds.dtype != torch.float32 or seeds.dim() != 4 or not len(seeds):
+        raise UserError(f"{path} is damaged: its seeds are no images")
+    if tuple(seeds.shape[1:]) != shape:
+        raise UserError(f"{path} holds seeds of shape {list(seeds.shape[1:])}, {dataset} has {list(shape)}")
+    if not ((seeds >= 0) & (seeds <= 1)).all():         # NaN too
+        raise UserError(f"{path} is damaged: it has seeds outside [0, 1]")
+    return seeds
 
 
 def same_metric(a, b) -> bool:

@@ -29,11 +29,11 @@ def main(args):
     if taken := {"orig", *params.DATASETS[args.dataset].ood} & set(folders) or len(folders) < len(args.ood):
         raise UserError(f"--ood: {'a name stands twice' if taken is True else f'{taken.pop()} is a row already'}; "
                         "choose another name")
-    models = load_models(args.dataset, args.models, device)
-    test = load_in_dist(args.dataset, "test", args.data_dir, args.download)
     stem = Path(args.output or model_paths.RESULTS / f"table2_{args.dataset}_{time.strftime('%Y%m%d-%H%M%S')}")
     backup = model_paths.BACKUP / f"{model_paths.name_of(stem)}.pt"
     files.check_writable(stem, f"{stem}.csv", f"{stem}_fpr95.csv", backup)
+    models = load_models(args.dataset, args.models, device)
+    test = load_in_dist(args.dataset, "test", args.data_dir, args.download)
     sets = ood_sets(args, folders, test)
     warn_overlap(models, sets, test, args)
     if args.models is None:
@@ -69,13 +69,14 @@ def main(args):
 
 def ood_sets(args, folders, test) -> dict:
     """name -> images of the OOD sets that are there; a line for each that is not."""
+    own = {name: load_ood_folder(name, folder, test) for name, folder in folders.items()}
     sets = {}
     for name in params.DATASETS[args.dataset].ood:
         try:
             sets[name] = load_ood(name, test, args.data_dir, args.download, args.seed)
         except MissingData as error:
             print(f"left out: {error}", file=sys.stderr)
-    return sets | {name: load_ood_folder(name, folder, test) for name, folder in folders.items()}
+    return sets | own
 
 
 def warn_overlap(models, sets, test, args) -> None:

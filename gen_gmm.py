@@ -30,16 +30,15 @@ def main(args):
     files.check_writable(*paths.values())
     data = load_in_dist(args.dataset, "train", args.data_dir, args.download)
     defaults = params.DATASETS[args.dataset]
-    out = load_out(out_name, data, args.data_dir, args.out_dir, n=params.OUT_FIT_IMAGES, seed=args.seed,
-                   download=args.download)
     if args.data_used is not None:
         if args.data_used > len(data):
             raise UserError(f"--data_used {args.data_used}: {args.dataset} has {len(data)} training images")
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(args.seed))
         data = data.subset(order[:args.data_used])
-    for images in (data, out):
-        if max(args.n) > len(images):
-            raise UserError(f"--n {max(args.n)}: {images.name} has {len(images)} images; choose fewer centroids")
+    check_enough(args.n, data)
+    out = load_out(out_name, data, args.data_dir, args.out_dir, n=params.OUT_FIT_IMAGES, seed=args.seed,
+                   download=args.download)
+    check_enough(args.n, out)
 
     augmentation = Augmentation(defaults.crop, defaults.pad_mode, defaults.flip) if args.augm_flag else None
     X, X_out = (one_pass(images.to(device), augmentation, args.seed) for images in (data, out))
@@ -61,6 +60,11 @@ def main(args):
         print(f"n = {n}: in-variance {meta['variances'][0]:.4g} (log-likelihood {meta['log_likelihoods'][0]:.1f} per "
               f"image of {len(z)}), out-variance {meta['variances'][1]:.4g} ({meta['log_likelihoods'][1]:.1f}, "
               f"{len(z_out)} of {out_name}), {meta['seconds']:.1f} s\nwrote {path}")
+
+
+def check_enough(n: list[int], images: ImageSet) -> None:
+    if max(n) > len(images):
+        raise UserError(f"--n {max(n)}: {images.name} has {len(images)} images; choose fewer centroids")
 
 
 def one_pass(images: ImageSet, augmentation: Augmentation | None, seed: int) -> torch.Tensor:

@@ -47,8 +47,6 @@ def main(args):
     out = (load_out(out_name, data, args.data_dir, args.out_dir, seed=args.seed, download=args.download,
                     n=params.CALIBRATION_IMAGES if calibrated else None) if out_name else None)
 
-    if args.batch_size > len(data):
-        raise UserError(f"--batch_size {args.batch_size}: {args.dataset} has {len(data)} training images")
     start = time.monotonic()
     epochs, states = args.epochs, []
     if calibrated:

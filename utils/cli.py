@@ -22,12 +22,13 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         args, unknown = self.parse_known_args(args, namespace)
-        if unknown:
+        for text in unknown:
+            if not text.startswith("-"):
+                self.error(f"{text} belongs to no option")
             try:
-                check_name(unknown[0].partition("=")[0], self._option_string_actions, "option")
+                check_name(text.partition("=")[0], self._option_string_actions, "option")
             except UserError as error:
                 self.error(str(error))
-            self.error(f"unrecognized: {' '.join(unknown)}")
         return args
 
     def error(self, message):

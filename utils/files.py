@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -91,7 +92,8 @@ def load(path: str | Path, format: str | None = None, mend: str = "make it anew"
             with zipfile.ZipFile(path) as archive:      # nothing of ours is compressed
                 if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
                     raise ValueError("its entries claim more than it holds")
-        value = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):      # what it says of odd pickles
+            value = torch.load(path, map_location="cpu", weights_only=True)
         _check_tensors(value)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} is refused: it is damaged or holds more than tensors and plain values, so that "
@@ -134,6 +136,8 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> models.D
         spec, classifier = checkpoint["spec"], checkpoint["spec"]["base_model"]
         if spec.get("members", 0) > len(checkpoint["state"]):
             raise ValueError(f"{spec['members']} members, but {len(checkpoint['state'])} tensors")
+        if spec.get("classes", classifier["classes"]) != classifier["classes"]:
+            raise ValueError(f"{spec['classes']} and {classifier['classes']} classes")
         if not 0 < classifier["size"] <= LARGEST_SIZE:
             raise ValueError(f"images of size {classifier['size']}")
         with torch.device("meta"):      # shapes without memory: a hostile spec cannot claim any

@@ -79,6 +79,7 @@ def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet |
         history = _restore(state_path, model, objective, optimizer, generators, options)
         print(f"resumed after epoch {len(history)}")
     steps = math.ceil(len(data) / settings.batch_size)
+    out_batch = min(settings.batch_size, len(data)) * objective.out_batch_ratio
     writer = SummaryWriter(str(log_dir), purge_step=len(history))
     saved = time.monotonic()
     for epoch in range(len(history), settings.epochs):
@@ -86,8 +87,7 @@ def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet |
         model.train()
         objective.start_epoch(epoch)
         totals: dict[str, torch.Tensor] = {}
-        outs = (endless(out, settings.batch_size * objective.out_batch_ratio, generators["out"], augmentation)
-                if out is not None else None)
+        outs = endless(out, out_batch, generators["out"], augmentation) if out is not None else None
         bar = tqdm(batches(data, settings.batch_size, generators["in"], augmentation), total=steps, leave=False,
                    desc=f"epoch {epoch + 1}/{settings.epochs}", disable=None)
         for step, (x, y) in enumerate(bar):
