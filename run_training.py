@@ -175,11 +175,10 @@ def parser() -> cli.Parser:
     p.add_argument("--epochs", type=cli.integer(1), default=params.EPOCHS, help=f"({params.EPOCHS})")
     p.add_argument("--batch_size", type=cli.integer(1), default=params.BATCH_SIZE,
                    help=f"in-images a step; out-images come on top ({params.BATCH_SIZE})")
-    p.add_argument("--lr", type=cli.number(0, 1e3, open_low=True), help="classifier (Adam 1e-3 on MNIST and Digits "
+    p.add_argument("--lr", type=cli.number(0, open_low=True), help="classifier (Adam 1e-3 on MNIST and Digits "
                    "and for EDL, 2e-4 for MCD and GAN, SGD 0.1 elsewhere)")
-    p.add_argument("--lr_gmm", type=cli.number(0, 1e3), default=params.LR_GMM, help=f"mixtures ({params.LR_GMM})")
-    p.add_argument("--decay", type=cli.number(0, 1e3),
-                   help=f"weight decay of the classifier ({params.WEIGHT_DECAY}; MCD 0)")
+    p.add_argument("--lr_gmm", type=cli.number(0), default=params.LR_GMM, help=f"mixtures ({params.LR_GMM})")
+    p.add_argument("--decay", type=cli.number(0), help=f"weight decay of the classifier ({params.WEIGHT_DECAY}; MCD 0)")
     p.add_argument("--loglam", type=cli.number(-50, 50), default=0.0, help="log p(o)/p(i) (0)")
     p.add_argument("--n", type=cli.integer(1), default=params.CENTROIDS,
                    help=f"centroids of the mixtures to start from ({params.CENTROIDS})")
