@@ -15,8 +15,11 @@ the test images' scores against these bounds, which no attack in the balls can l
 """
 
 import hashlib
+import math
 import shutil
+import sys
 import time
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -27,7 +30,7 @@ import params
 from models import CCU, certified_radius, confidence_bound
 from utils import cli, evaluation, files, parallel, tables
 from utils.attack import attack
-from utils.data import load_in_dist, load_ood
+from utils.data import KNOWN_OOD, load_in_dist, load_ood
 from utils.errors import UserError
 from utils.out_data import load_out, resolve
 from utils.registry import load_models, name_untrained
@@ -41,13 +44,18 @@ def main(args):
         raise UserError("give one of --seeds, --out_seeds and --load_seeds")
     if args.load_seeds and len(args.datasets) > 1:
         raise UserError("--load_seeds holds the seeds of one data set: give one to --datasets")
+    stem = Path(args.output or model_paths.RESULTS / f"table1_{'_'.join(args.datasets)}_"
+                                                     f"{time.strftime('%Y%m%d-%H%M%S')}")
+    backups = {dataset: model_paths.BACKUP / f"{model_paths.name_of(stem)}_{dataset}.pt" for dataset in args.datasets}
+    files.check_writable(stem, f"{stem}.csv", *backups.values())
     jobs = {dataset: prepare(dataset, args, device) for dataset in args.datasets}      # all checks before any work
-    stem = args.output or model_paths.RESULTS / f"table1_{'_'.join(jobs)}_{time.strftime('%Y%m%d-%H%M%S')}"
-    files.check_writable(stem)
     rows, notes, written, finished = {}, [f"command: {files.run_record(args)['command']}"], [], []
     for dataset, (models, metric, test, seeds, radii) in jobs.items():
         if args.models is None:
             name_untrained(dataset)
+        if args.radius is None and (zero := int((radii == 0).sum())) > len(radii) / 2:
+            print(f"warning: {zero} of {len(radii)} radii of {dataset} are 0: nothing is certified around these seeds, "
+                  "and their attacks cannot move", file=sys.stderr)
         start = time.monotonic()
         on_test = test.to(device)       # a model that gives NaN is found before the attack, not after
         tested = {label: evaluation.evaluate(model, on_test, 1000) for label, model in models.items()}
@@ -66,6 +74,7 @@ def main(args):
         result = {label: merge([units[label, b] for b in range(len(batches))]) for label in models}
         for label, model in models.items():
             log_p, scores_in = tested[label]
+            warn_stuck(f"{label} on {dataset}", model, seeds, radii, result[label])
             rows[dataset, label] = statistics(model, log_p, scores_in, result[label]["score"], on_test.labels)
             if args.certify:
                 rows[dataset, label] |= certify(model, seeds.to(device), radii, scores_in)
@@ -74,13 +83,12 @@ def main(args):
         notes += [f"{dataset}: {describe_balls(args, radii)}", *tables.model_notes(models)]
         notes += [f"{label}: the attack climbed log(confidence - 1/M), which increases with the score and is not flat"
                   for label, model in models.items() if isinstance(model, CCU)]
-        backup = model_paths.BACKUP / f"{model_paths.name_of(stem)}_{dataset}.pt"
         written.append(files.save({
             "format": "CCU attack, version 1", "record": files.run_record(args, seconds=time.monotonic() - start),
             "dataset": dataset, "seeds": seeds, "radii": radii, "models": result,
             "meta": {label: model.meta for label, model in models.items()},
             "scores_in": {label: scores_in.cpu() for label, (_, scores_in) in tested.items()},
-            "labels_in": test.labels.cpu()}, backup))
+            "labels_in": test.labels.cpu()}, backups[dataset]))
     if parallel.rank() > 0:
         return
     table = layout(rows, args)
@@ -117,14 +125,13 @@ def prepare(dataset: str, args, device):
             raise UserError(f"--certify 1: the metrics of {label} and {ball} differ; leave {label} out of --models")
     shape = tuple(test.images.shape[1:])
     if args.load_seeds:
-        seeds = files.load(args.load_seeds, "CCU attack, version 1", "give a file of results/backup")["seeds"]
-        if tuple(seeds.shape[1:]) != shape:
-            raise UserError(f"{args.load_seeds} holds seeds of shape {list(seeds.shape[1:])}, "
-                            f"{dataset} has {list(shape)}")
+        seeds = load_seeds(args.load_seeds, dataset, shape)
     else:
         n = args.batches * args.batch_size
         if args.seeds:
             seeds = load_ood(args.seeds, test, args.data_dir, args.download, args.seed, n).floats()
+            if len(seeds) < n:
+                raise UserError(f"--seeds {args.seeds}: it has {len(seeds)} images, {n} are asked for")
         elif args.out_seeds:
             out = load_out(resolve(args.out_dataset, args.data_dir), test, args.data_dir, args.out_dir, split="test",
                            n=n, seed=args.seed, download=args.download)
@@ -138,6 +145,18 @@ def prepare(dataset: str, args, device):
     else:
         radii = certified_radius(ccu, seeds.to(device), params.RATIO, method=args.certificate).cpu()
     return models, metric, test, seeds, radii
+
+
+def load_seeds(path: str, dataset: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """The seeds [N, C, H, W] of a backup; UserError if they are no images of this shape in [0, 1]."""
+    seeds = files.load(path, "CCU attack, version 1", "give a file of results/backup").get("seeds")
+    if not isinstance(seeds, torch.Tensor) or seeds.dtype != torch.float32 or seeds.dim() != 4 or not len(seeds):
+        raise UserError(f"{path} is damaged: its seeds are no images")
+    if tuple(seeds.shape[1:]) != shape:
+        raise UserError(f"{path} holds seeds of shape {list(seeds.shape[1:])}, {dataset} has {list(shape)}")
+    if not ((seeds >= 0) & (seeds <= 1)).all():         # NaN too
+        raise UserError(f"{path} is damaged: it has seeds outside [0, 1]")
+    return seeds
 
 
 def same_metric(a, b) -> bool:
@@ -175,6 +194,16 @@ def unit_folder(dataset, label, model, metric, seeds, radii, args):
     if folder.exists() and not args.resume and parallel.rank() == 0:
         shutil.rmtree(folder)
     return folder
+
+
+def warn_stuck(what, model, seeds, radii, result) -> None:
+    """A line on stderr where the attack found nothing better than most of its seeds, and more was to be had."""
+    stuck = (result["samples"] == seeds).flatten(1).all(1) & (radii > 0)
+    if model.score_is_confidence:
+        stuck &= result["score"] < math.log(0.999)
+    if stuck.sum() > len(seeds) / 2:
+        print(f"warning: the attack on {what} gains nothing over {int(stuck.sum())} of {len(seeds)} seeds: the score "
+              "may have no gradient there; its MMC, SR and AUC say little", file=sys.stderr)
 
 
 def statistics(model, log_p, scores_in, attacked, labels) -> dict:
@@ -223,14 +252,15 @@ def parser() -> cli.Parser:
                    "paper is what the published figures used (paper)")
     p.add_argument("--steps", type=cli.integer(1), default=500, help="gradient steps (500)")
     p.add_argument("--restarts", type=cli.integer(1), default=50, help="starts per seed, the first at the seed (50)")
-    p.add_argument("--alpha", type=cli.number(0, open_low=True), default=3.0, help="length of the first step in tenths "
-                   "of the radius (3); radii differ a thousandfold from data set to data set")
+    p.add_argument("--alpha", type=cli.number(0, 1e3, open_low=True), default=3.0, help="length of the first step "
+                   "in tenths of the radius (3); radii differ a thousandfold from data set to data set")
     p.add_argument("--batches", type=cli.integer(1), default=2, help="batches of seeds (2)")
     p.add_argument("--batch_size", type=cli.integer(1), default=100, help="seeds in a batch (100)")
     p.add_argument("--out_seeds", type=cli.flag, default=False, help="1 = seeds are test draws of the "
                    "out-distribution instead of uniform noise (0)")
     p.add_argument("--load_seeds", metavar="FILE", help="seeds of an earlier run, a file of results/backup")
-    p.add_argument("--seeds", metavar="SET", help="seeds are images of this OOD test set instead of uniform noise")
+    p.add_argument("--seeds", choices=KNOWN_OOD, metavar="SET", help="seeds are images of this OOD test set "
+                   "instead of uniform noise")
     p.add_argument("--radius", type=cli.number(0), help="attack in balls of this radius, in units of the metric, "
                    "instead of the certified ones")
     p.add_argument("--certify", type=cli.flag, default=False, help="1 = add radii, certified bounds and GAUC (0)")

@@ -7,8 +7,10 @@ second one with FPR at 95 % TPR (OOD positive), and all scores to results/backup
 not there is named with the command that gets it.  Seconds on a GPU, a minute or two on a CPU.
 """
 
+import contextlib
 import sys
 import time
+from pathlib import Path
 
 import pandas as pd
 
@@ -17,6 +19,7 @@ import params
 from utils import cli, evaluation, files, tables
 from utils.data import load_in_dist, load_ood, load_ood_folder
 from utils.errors import MissingData, UserError
+from utils.out_data import FIXED, load_out
 from utils.registry import load_models, name_untrained
 
 
@@ -26,11 +29,13 @@ def main(args):
     if taken := {"orig", *params.DATASETS[args.dataset].ood} & set(folders) or len(folders) < len(args.ood):
         raise UserError(f"--ood: {'a name stands twice' if taken is True else f'{taken.pop()} is a row already'}; "
                         "choose another name")
+    stem = Path(args.output or model_paths.RESULTS / f"table2_{args.dataset}_{time.strftime('%Y%m%d-%H%M%S')}")
+    backup = model_paths.BACKUP / f"{model_paths.name_of(stem)}.pt"
+    files.check_writable(stem, f"{stem}.csv", f"{stem}_fpr95.csv", backup)
     test = load_in_dist(args.dataset, "test", args.data_dir, args.download, args.image_size)
     models = load_models(test, args.models, device)
-    stem = args.output or model_paths.RESULTS / f"table2_{args.dataset}_{time.strftime('%Y%m%d-%H%M%S')}"
-    files.check_writable(stem)
     sets = ood_sets(args, folders, test)
+    warn_overlap(models, sets, test, args)
     if args.models is None:
         name_untrained(args.dataset)
     test_gpu = test.to(device)
@@ -39,6 +44,7 @@ def main(args):
     for label, model in models.items():
         log_p, scores[label, "orig"] = evaluation.evaluate(model, test_gpu, args.batch_size)
         test_errors[label] = evaluation.test_error(log_p, test_gpu.labels)
+        evaluation.warn_near_chance(f"{label} on {args.dataset}", test_errors[label], test.classes)
         for name, data in sets.items():
             _, scores[label, name] = evaluation.evaluate(model, data.to(device), args.batch_size)
 
@@ -54,7 +60,6 @@ def main(args):
     tables.show(fpr, title_fpr)
     print("", *notes, sep="\n")
     written = tables.write(table, stem, title, notes) + tables.write(fpr, f"{stem}_fpr95", title_fpr, notes)
-    backup = model_paths.BACKUP / f"{model_paths.name_of(stem)}.pt"
     written.append(files.save({
         "format": "CCU scores, version 1", "record": files.run_record(args), "dataset": args.dataset,
         "test_error": test_errors, "meta": {label: model.meta for label, model in models.items()},
@@ -64,13 +69,41 @@ def main(args):
 
 def ood_sets(args, folders, test) -> dict:
     """name -> images of the OOD sets that are there; a line for each that is not."""
+    own = {name: load_ood_folder(name, folder, test) for name, folder in folders.items()}
     sets = {}
     for name in params.DATASETS[args.dataset].ood:
         try:
             sets[name] = load_ood(name, test, args.data_dir, args.download, args.seed)
         except MissingData as error:
             print(f"left out: {error}", file=sys.stderr)
-    return sets | {name: load_ood_folder(name, folder, test) for name, folder in folders.items()}
+    return sets | own
+
+
+def warn_overlap(models, sets, test, args) -> None:
+    """Lines on stderr for OOD sets that a model was trained to be uncertain on, or that share images with those, or
+    with the in-distribution's test images."""
+    trained = {(model.meta.get("out_dataset"), model.meta.get("seed", 0)) for model in models.values()}
+    for out in {name for name, _ in trained}:
+        if twins := [name for name in sets if name in (out, f"Gray{out}")]:
+            labels = [label for label, model in models.items() if model.meta.get("out_dataset") == out]
+            print(f"warning: {', '.join(labels)} learnt on {out}, which {twins[0]} is too: it is not OOD to them",
+                  file=sys.stderr)
+    known = {args.dataset: test}
+    for name, seed in trained:
+        if name in FIXED:
+            with contextlib.suppress(UserError):        # not on this machine
+                known[f"the out-images of {name}"] = load_out(name, test, args.data_dir, seed=seed)
+    hashes = {what: set(map(hash, image_bytes(data))) for what, data in known.items()}
+    for name, data in sets.items():
+        own = [hash(image) for image in image_bytes(data)]
+        for what, others in hashes.items():
+            if same := sum(image in others for image in own):
+                print(f"warning: {same} of {len(own)} images of {name} are among those of {what}", file=sys.stderr)
+
+
+def image_bytes(data):
+    """The bytes of each image."""
+    return (image.tobytes() for image in data.images.cpu().numpy())
 
 
 def make_table(models, sets, scores, metric, with_mmc: bool) -> pd.DataFrame:

@@ -7,6 +7,7 @@ metric, on about 25,000 out-images; writes checkpoints/<dataset>/gmm/<metric>_n<
 100 centroids takes about half a minute on two cores; --dataset Digits needs no data and takes seconds.
 """
 
+import sys
 import time
 
 import torch
@@ -24,33 +25,32 @@ from utils.out_data import load_out, resolve
 
 def main(args):
     device = cli.device(args.gpu)
+    name, out_name = cli.metric_name(args), resolve(args.out_dataset, args.data_dir)
+    paths = {n: model_paths.mixtures(args.dataset, name, n, out_name) for n in args.n}
+    files.check_writable(*paths.values())
     data = load_in_dist(args.dataset, "train", args.data_dir, args.download, args.image_size)
     defaults = params.DATASETS[args.dataset]
-    out_name = resolve(args.out_dataset, args.data_dir)
-    out = load_out(out_name, data, args.data_dir, args.out_dir, n=params.OUT_FIT_IMAGES, seed=args.seed,
-                   download=args.download)
     if args.data_used is not None:
         if args.data_used > len(data):
             raise UserError(f"--data_used {args.data_used}: {args.dataset} has {len(data)} training images")
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(args.seed))
         data = data.subset(order[:args.data_used])
-    for name, images in ((args.dataset, data), (out_name, out)):
-        if max(args.n) > len(images):
-            raise UserError(f"--n {max(args.n)}: {name} has {len(images)} images; choose fewer centroids")
+    check_enough(args.n, data)
+    out = load_out(out_name, data, args.data_dir, args.out_dir, n=params.OUT_FIT_IMAGES, seed=args.seed,
+                   download=args.download)
+    check_enough(args.n, out)
 
     augmentation = Augmentation(defaults.crop, defaults.pad_mode, defaults.flip) if args.augm_flag else None
     X, X_out = (one_pass(images.to(device), augmentation, args.seed) for images in (data, out))
-    name = cli.metric_name(args)
     metric = make_metric(name, X)
     z, z_out = metric.transform(X), metric.transform(X_out)
-    for n in args.n:
+    for n, path in paths.items():
         start = time.monotonic()
         gmm_in, fit_in = fit_gmm(z, metric, n, args.reg_covar, args.seed, progress("in", n, args.verbose))
         gmm_out, fit_out = fit_gmm(z_out, metric, n, args.reg_covar, args.seed, progress("out", n, args.verbose))
         if not all(value.isfinite().all() for gmm in (gmm_in, gmm_out) for value in gmm.state_dict().values()):
             raise UserError(f"--n {n}: the fitted mixtures are not finite; choose fewer centroids or a larger "
                             "--reg_covar")
-        path = model_paths.mixtures(args.dataset, name, n, out_name)
         meta = {"dataset": args.dataset, "metric": name, "n": n, "out_dataset": out_name, "seed": args.seed,
                 "out_dir": args.out_dir if out_name == "Folder" else None,
                 "images": [len(z), len(z_out)], "reg_covar": args.reg_covar, "augm_flag": args.augm_flag,
@@ -61,6 +61,11 @@ def main(args):
         print(f"n = {n}: in-variance {meta['variances'][0]:.4g} (log-likelihood {meta['log_likelihoods'][0]:.1f} per "
               f"image of {len(z)}), out-variance {meta['variances'][1]:.4g} ({meta['log_likelihoods'][1]:.1f}, "
               f"{len(z_out)} of {out_name}), {meta['seconds']:.1f} s\nwrote {path}")
+
+
+def check_enough(n: list[int], images: ImageSet) -> None:
+    if max(n) > len(images):
+        raise UserError(f"--n {max(n)}: {images.name} has {len(images)} images; choose fewer centroids")
 
 
 def one_pass(images: ImageSet, augmentation: Augmentation | None, seed: int) -> torch.Tensor:
@@ -74,14 +79,17 @@ def one_pass(images: ImageSet, augmentation: Augmentation | None, seed: int) -> 
 def make_metric(name: str, X: torch.Tensor) -> PCAMetric:
     if name == "euclidean":
         return PCAMetric.euclidean(X.shape[1]).to(X.device)
-    metric = PCAMetric.fit(X, params.MIN_SV_FACTOR, whiten=name == "mahalanobis")
+    try:
+        metric = PCAMetric.fit(X, params.MIN_SV_FACTOR, whiten=name == "mahalanobis")
+    except ValueError as error:
+        raise UserError(f"{error}: are these the data set's own files?") from error
     s = metric.singular_values
     floored = (s <= s.min() * 1.0001).sum().item() - 1
     if floored > len(s) / 2:
         few = (f"; {len(X)} images span no more than {len(X) - 1} directions, so that new ones will look far away: "
                "give more images, a smaller --image_size, or --PCA 0" if len(X) <= len(s) else "")
-        print(f"note: {floored} of {len(s)} singular values are at the floor: the images hardly vary in these "
-              f"directions, and any change along them counts as far away{few}")
+        print(f"warning: {floored} of {len(s)} singular values are at the floor: the images hardly vary in these "
+              f"directions, and any change along them counts as far away{few}", file=sys.stderr)
     return metric
 
 
@@ -103,7 +111,7 @@ def parser() -> cli.Parser:
     p.add_argument("--n", type=cli.integer(1), nargs="+", default=[params.CENTROIDS], help="centroids per mixture; "
                    f"several values write several files ({params.CENTROIDS})")
     p.add_argument("--data_used", type=cli.integer(2), help="fit on so many in-images (all)")
-    p.add_argument("--reg_covar", type=cli.number(0), default=params.REG_COVAR,
+    p.add_argument("--reg_covar", type=cli.number(0, 1e6), default=params.REG_COVAR,
                    help=f"added to the fitted variances ({params.REG_COVAR})")
     p.add_argument("--verbose", type=cli.flag, default=False, help="1 = print the log-likelihood of every step (0)")
     return p

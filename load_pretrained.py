@@ -22,6 +22,7 @@ def main(args):
         raise UserError("--dataset Folder: the authors have no models of your images; train them with run_training.py")
     state = files.load(args.pretrained, mend="give the authors' state dict")
     path = model_paths.model(args.dataset, args.label)
+    files.check_writable(path)
     try:
         model = from_authors(state, params.DATASETS[args.dataset])
     except ValueError as error:
@@ -39,8 +40,7 @@ def from_authors(state: dict, dataset: params.Dataset) -> CCU:
 
     Raises ValueError with the first key that is missing, superfluous, misshapen, or at odds with another.
     """
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise ValueError("it must map names to tensors")
+    files.check_state_dict(state)
     D = dataset.channels * dataset.size ** 2
     state = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
     base_model = build_classifier(dataset.arch, dataset.channels, dataset.size, dataset.classes)

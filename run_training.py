@@ -25,7 +25,7 @@ from utils import cli, files, objectives, parallel
 from utils.calibration import calibrate
 from utils.data import Augmentation, load_in_dist
 from utils.errors import UserError
-from utils.evaluation import evaluate, test_error
+from utils.evaluation import evaluate, test_error, warn_near_chance
 from utils.out_data import load_out, resolve
 from utils.registry import load_models
 from utils.training import Settings, train
@@ -40,6 +40,8 @@ def main(args):
     path = model_paths.model(args.dataset, label)
     calibrated = args.train_type in CALIBRATED
     out_name = resolve(args.out_dataset, args.data_dir) if objectives.needs_out(args.train_type, args.fit_out) else None
+
+    files.check_writable(path, model_paths.log_dir(args.dataset, label, "") / "events")
 
     # what has to be there already comes first
     data, test = (load_in_dist(args.dataset, split, args.data_dir, args.download, args.image_size).to(device)
@@ -71,6 +73,7 @@ def main(args):
         return
     log_p, _ = evaluate(model.eval(), test, args.batch_size)
     error = test_error(log_p, test.labels)
+    warn_near_chance(f"{label} on {args.dataset}", error, test.classes)
     meta = {"dataset": args.dataset, "label": label, "train_type": args.train_type, "out_dataset": out_name,
             "epochs": epochs, "seed": args.seed, "augm_flag": args.augm_flag, "test_error": error,
             "mixtures": mixtures and mixtures[2]}
@@ -145,12 +148,13 @@ def load_mixtures(args, out_name, data):
         f"{int(args.PCA)} --metric {args.metric} --n {args.n} --augm_flag {int(args.augm_flag)} "
         f"--out_dataset {out_name}"))
     for key, wanted in (("dataset", args.dataset), ("metric", name), ("n", args.n), ("out_dataset", out_name)):
-        if meta[key] != wanted:
-            raise UserError(f"{path} was fitted with {key} {meta[key]}, not {wanted}: run gen_gmm.py with the same "
+        if meta.get(key) != wanted:
+            raise UserError(f"{path} was fitted with {key} {meta.get(key)}, not {wanted}: run gen_gmm.py with the same "
                             "options, or change them here")
-    if (pixels := data.images[0].numel()) != (fitted := gmm_in.mu.shape[1]):
-        raise UserError(f"{path} was fitted on images of {fitted} values, {args.dataset}'s have {pixels}: give the "
-                        "--image_size of then, or run gen_gmm.py again")
+    for gmm in (gmm_in, gmm_out):
+        if gmm.mu.shape != (wanted := (args.n, data.images[0].numel())):
+            raise UserError(f"{path} has centroids of shape {list(gmm.mu.shape)}, not {list(wanted)}: it is "
+                            "damaged, or of images of another size; run gen_gmm.py again, with the same --image_size")
     return gmm_in, gmm_out, meta
 
 
@@ -158,7 +162,7 @@ def make_model(args, arch, seed, data, base, mixtures) -> Detector:
     """The model before training."""
     base_model = build_classifier(arch, *data.images.shape[1:3], data.classes)
     if args.warmstart:
-        if base.spec["base_model"] != base_model.spec:
+        if base.spec["base_model"] != base_model.spec or base.spec["kind"] == "DE":
             raise UserError("--warmstart 1: the Base model has another classifier; train it with the same --arch")
         base_model.load_state_dict(base.base_model.state_dict())
     if args.train_type == "EDL":
@@ -187,8 +191,8 @@ def parser() -> cli.Parser:
     p.add_argument("--epochs", type=cli.integer(1), default=params.EPOCHS, help=f"({params.EPOCHS})")
     p.add_argument("--batch_size", type=cli.integer(1), default=params.BATCH_SIZE,
                    help=f"in-images a step; out-images come on top ({params.BATCH_SIZE})")
-    p.add_argument("--lr", type=cli.number(0, open_low=True), help="classifier (Adam 1e-3 on MNIST and Digits and for "
-                   "EDL, 2e-4 for MCD and GAN, SGD 0.1 elsewhere)")
+    p.add_argument("--lr", type=cli.number(0, open_low=True), help="classifier (Adam 1e-3 on MNIST and Digits "
+                   "and for EDL, 2e-4 for MCD and GAN, SGD 0.1 elsewhere)")
     p.add_argument("--lr_gmm", type=cli.number(0), default=params.LR_GMM, help=f"mixtures ({params.LR_GMM})")
     p.add_argument("--decay", type=cli.number(0), help=f"weight decay of the classifier ({params.WEIGHT_DECAY}; MCD 0)")
     p.add_argument("--loglam", type=cli.number(-50, 50), default=0.0, help="log p(o)/p(i) (0)")

@@ -12,7 +12,6 @@ import torch
 from conftest import run_script
 from sklearn.metrics import roc_auc_score
 
-import models
 from utils import files, load_model
 from utils.data import load_in_dist, load_ood
 
@@ -30,19 +29,6 @@ def work(digits_run, tmp_path, monkeypatch):
 
 def everything(folder):
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-
-
-def refused(command, capsys, *words):
-    """The command prints one line with `words` to stderr, exits with 2 and writes nothing."""
-    before = everything(Path.cwd())
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        run_script(command)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2, error
-    assert error.count("\n") == 1, error
-    assert all(word in error for word in words), error
-    assert everything(Path.cwd()) == before
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -138,73 +124,6 @@ def test_a_killed_attack_goes_on_where_it_was(work, monkeypatch):
     run_script(command + "killed --resume 1")
     assert len(calls) == 5      # two done, one killed, two left
     assert Path("killed.csv").read_bytes() == Path("whole.csv").read_bytes()
-
-
-@pytest.mark.parametrize("command, words", [
-    ("run_training.py --dataset MNITS --train_type plain", ["MNITS", "did you mean MNIST"]),
-    ("run_training.py --dataset Digits --train_type plane", ["plane", "plain"]),
-    ("run_training.py --dataset Digits --train_type plain --epochs 0", ["--epochs", "at least 1"]),
-    ("run_training.py --dataset Digits --train_type plain --augm_flag maybe", ["maybe", "neither 0 nor 1"]),
-    ("run_training.py --dataset Digits --train_type plain --gpu 77", ["--gpu 77", "-1 for the CPU"]),
-    ("run_training.py --dataset Digits --train_type plain --fit_out 1", ["--fit_out"]),
-    ("run_training.py --dataset Digits --train_type plain --use_gmm 1", ["--use_gmm"]),
-    ("run_training.py --dataset Digits --train_type CEDA_GMM --n 33", ["gen_gmm.py", "--n 33"]),
-    ("run_training.py --dataset Digits --train_type CEDA_GMM --PCA 0 --n 10", ["gen_gmm.py", "--PCA 0"]),
-    ("run_training.py --dataset Digits --train_type CEDA --out_dataset Folder", ["--out_dir"]),
-    ("run_training.py --dataset Digits --train_type plain --label ../x", ["--label"]),
-    ("run_training.py --dataset MNIST --train_type plain", ["MNIST", "--download 1"]),
-    ("gen_gmm.py --dataset Digits --n 5000", ["--n 5000", "1437"]),
-    ("gen_gmm.py --dataset Digits --data_used 99999", ["--data_used", "1437"]),
-    ("gen_gmm.py --dataset Digits --out_dataset Fotos", ["Fotos", "Photos"]),
-    ("gen_eval.py --dataset MNIST", ["MNIST is not in data", "--download 1"]),
-    ("gen_eval.py --dataset Digits --models OE", ["OE", "--train_type OE"]),
-    ("gen_eval.py --dataset Digits --models CUC", ["did you mean CCU"]),
-    ("gen_eval.py --dataset Digits --ood nonsense", ["NAME=FOLDER"]),
-    ("gen_attack_stats.py --datasets Digits", ["CCUs", "--train_type CEDA_GMM"]),
-    ("gen_attack_stats.py --datasets Digits --fit_out 1 --alpha 0", ["--alpha"]),
-    ("gen_eval.py --dataset Digits --ood Noise=checkpoints", ["Noise is a row already"]),
-    ("gen_eval.py --dataset Digits --ood a=checkpoints a=checkpoints", ["twice"]),
-    ("gen_gmm.py --dataset Digits --n 5 --data_used 5 --reg_covar 0", ["not finite", "--reg_covar"]),
-    ("gen_attack_stats.py --datasets Digits --fit_out 1 --load_seeds none.pt", ["none.pt"]),
-    ("load_pretrained.py --dataset MNIST --pretrained none.pt", ["none.pt"]),
-    ("load_pretrained.py --dataset MNIST --pretrained checkpoints/Digits/Base.pt", ["Base.pt"]),
-])
-def test_what_the_user_can_mend_is_one_line(work, capsys, command, words):
-    refused(command, capsys, *words)
-
-
-@pytest.mark.parametrize("damage", ["cut", "flip", "text", "empty"])
-def test_damaged_files_are_refused(work, capsys, damage):
-    for name, command in (("Base.pt", "gen_eval.py --dataset Digits --models Base"),
-                          ("gmm/pca_n10_Photos.pt", "run_training.py --dataset Digits --train_type CEDA_GMM --n 10 "
-                                                    "--fit_out 1")):
-        path = work / "checkpoints/Digits" / name
-        content = path.read_bytes()
-        path.write_bytes({"cut": content[:len(content) // 2], "flip": content[:900] + b"\xff" * 300 + content[1200:],
-                          "text": b"hello", "empty": b""}[damage])
-        refused(command, capsys, name.split("/")[-1])
-
-
-def test_mixtures_of_another_kind_are_refused(work, capsys):
-    path = "checkpoints/Digits/gmm/pca_n10_Photos.pt"
-    refused(f"run_training.py --dataset Digits --train_type CEDA_GMM --n 12 --gmm_path {path}", capsys, "n 10, not 12")
-    refused(f"run_training.py --dataset Digits --train_type CEDA_GMM --n 10 --PCA 0 --gmm_path {path}", capsys,
-            "metric pca, not euclidean")
-
-
-def test_an_unwritable_results_folder_is_one_line(work, capsys):
-    Path("blocked").write_text("a file where a folder should be")
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        run_script("gen_eval.py --dataset Digits --models Base --output blocked/t")
-    assert stop.value.code == 2 and "blocked" in capsys.readouterr().err
-
-
-def test_models_for_other_images_and_other_kinds_are_refused(work, capsys):
-    shutil.copy("checkpoints/Digits/Base.pt", "checkpoints/Digits/CCUs.pt")
-    refused("gen_attack_stats.py --datasets Digits", capsys, "CCUs.pt is no CCU model")
-    files.save_model(models.Softmax(models.build_classifier("LeNet", 3, 32, 10)), "checkpoints/Digits/Other.pt", {})
-    refused("gen_eval.py --dataset Digits", capsys, "channels 3, Digits has 1")
 
 
 def test_two_models_do_not_share_units(work, monkeypatch):

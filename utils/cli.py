@@ -10,6 +10,7 @@ import torch
 import params
 from utils import parallel
 from utils.errors import UserError, check_name
+from utils.out_data import KNOWN_OUT
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,6 +24,17 @@ class Parser(argparse.ArgumentParser):
     def exit(self, status=0, message=None):
         """Of several processes only the first to fail says why."""
         super().exit(status, message if parallel.first_to_fail() else None)
+
+    def parse_args(self, args=None, namespace=None):
+        args, unknown = self.parse_known_args(args, namespace)
+        for text in unknown:
+            if not text.startswith("-"):
+                self.error(f"{text} belongs to no option")
+            try:
+                check_name(text.partition("=")[0], self._option_string_actions, "option")
+            except UserError as error:
+                self.error(str(error))
+        return args
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {' '.join(message.split())} (--help lists the options)\n")
@@ -57,10 +69,10 @@ class Parser(argparse.ArgumentParser):
         return self
 
     def out_dataset(self) -> "Parser":
-        self.add_argument("--out_dataset", default="auto", metavar="D", help="out-distribution: TinyImages, "
-                          "RandomImages300k, Folder (photos in --out_dir), Photos (crops of a photograph that "
-                          "scikit-learn brings) or another data set (auto: the first of the two that is in "
-                          "--data_dir, else Photos)")
+        self.add_argument("--out_dataset", default="auto", choices=("auto", *KNOWN_OUT), metavar="D",
+                          help="out-distribution: TinyImages, RandomImages300k, Folder (photos in --out_dir), "
+                          "Photos (crops of a photograph that scikit-learn brings) or another data set (auto: the "
+                          "first of the two that is in --data_dir, else Photos)")
         self.add_argument("--out_dir", help="folder of photos for --out_dataset Folder")
         return self
 
@@ -126,6 +138,8 @@ def number(low: float = 0.0, high: float = 1e300, open_low: bool = False):
 
 def metric_name(args: argparse.Namespace) -> str:
     """pca, mahalanobis or euclidean, by --PCA and --metric."""
+    if args.metric == "mahalanobis" and not args.PCA:
+        raise UserError("--metric mahalanobis goes with --PCA 1; --PCA 0 is the Euclidean metric")
     return args.metric if args.PCA else "euclidean"
 
 
@@ -170,10 +184,14 @@ def run(main, parser: Parser, several: bool = False) -> None:
     except UserError as error:
         if args.debug:
             raise
-        parser.exit(2, f"{parser.prog}: {error}\n")
+        parser.exit(2, f"{parser.prog}: {' '.join(str(error).splitlines())}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"\n{parser.prog}: interrupted\n")
-    except Exception:
+    except Exception as error:
+        full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+        if full and not args.debug:
+            parser.exit(2, f"{parser.prog}: out of memory: choose a smaller --batch_size, or fewer images or "
+                        "centroids\n")
         if not parallel.first_to_fail():        # this is what a broken connection looks like
             parser.exit(2)
         raise

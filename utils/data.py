@@ -32,6 +32,7 @@ _IDX = {
                ("train", "t10k"), "FashionMNIST"),
     "EMNIST": (26, ("EMNIST/raw", "EMNIST"), ("emnist-letters-train", "emnist-letters-test"), "EMNIST"),
 }
+LARGEST_IDX = 2 ** 28      # bytes; EMNIST's letters have 98 MB
 _COLOUR = {"SVHN": "{split}_32x32.mat", "CIFAR10": "cifar-10-batches-py", "CIFAR100": "cifar-100-python"}
 _HOW = {
     "MNIST": "--download 1, or put its four IDX files (plain or .gz) into {dir}/MNIST/raw, "
@@ -303,6 +304,8 @@ def read_idx(path: Path, dims: int) -> np.ndarray:
                     length, = struct.unpack("<I", packed.read())
             if length != len(head) + math.prod(shape):   # before that much memory is asked for
                 raise stop(f"{length} bytes, {len(head) + math.prod(shape)} expected")
+            if length > LARGEST_IDX:
+                raise stop(f"{length} bytes, more than any of these data sets")
             return np.frombuffer(bytearray(file.read(length)), np.uint8).reshape(shape)
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise stop(str(error)) from None

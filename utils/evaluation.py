@@ -1,5 +1,7 @@
 """Scores of a model over a data set, and what the tables make of them."""
 
+import sys
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -19,15 +21,23 @@ def evaluate(model: Detector, data: ImageSet, batch_size: int) -> tuple[Tensor, 
         log_p.append(model(x))
         scores.append(model.score(x) if own_score else log_p[-1].amax(1))
     log_p, scores = torch.cat(log_p), torch.cat(scores)
-    if log_p.isnan().any() or scores.isnan().any():
-        raise UserError(f"the {type(model).__name__} model {model.meta.get('label', '')} gives NaN on {data.name}: "
-                        "its training diverged; train it again with a smaller --lr")
+    if log_p.isnan().any() or not scores.isfinite().all():
+        raise UserError(f"the {type(model).__name__} model {model.meta.get('label', '')} gives NaN or infinite scores "
+                        f"on {data.name}: its training diverged; train it again with a smaller --lr")
     return log_p, scores
 
 
 def test_error(log_p: Tensor, labels: Tensor) -> float:
     """Percent of wrong predictions."""
     return 100 * (log_p.argmax(1) != labels).double().mean().item()
+
+
+def warn_near_chance(what: str, error: float, classes: int) -> None:
+    """A line on stderr where a test error (%) is hardly better than that of guessing."""
+    chance = 100 * (1 - 1 / classes)
+    if error > 0.9 * chance:
+        print(f"warning: {what} has a test error of {error:.1f} %, guessing has {chance:.1f} %: is the model trained, "
+              "and for these images?", file=sys.stderr)
 
 
 def mmc(scores: Tensor) -> float:

@@ -7,10 +7,13 @@ import json
 import os
 import pickle
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +26,7 @@ from utils.errors import UserError
 MODEL, MIXTURES = "CCU model, version 1", "CCU mixtures, version 1"
 # bytes; the largest of ours, a ResNet18 with two mixtures at 32x32x3, has 90 MB
 LARGEST = 4 * 2 ** 30
+LARGEST_SIZE = 1024     # pixels, height and width of a model's images
 
 
 def write(path: str | Path, writer: Callable) -> Path:
@@ -47,13 +51,20 @@ def write(path: str | Path, writer: Callable) -> Path:
     return path
 
 
-def check_writable(stem: str | Path) -> None:
-    """UserError now, before the work, where files beside `stem` could not be written after it."""
-    folder = Path(stem).parent
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"can't write {stem}: {folder} is not a folder that can be written to")
+def check_writable(*paths: str | Path) -> None:
+    """UserError now, before the work, where these files could not be written after it."""
+    for path in map(Path, paths):
+        try:
+            if path.is_dir():
+                raise UserError(f"can't write {path}: it is a folder; give the name of a file in it, {path / 'NAME'}")
+            path.with_name(f".{path.name}.temporary").exists()      # raises where the name is too long
+            folder = path.parent
+            while not folder.exists():
+                folder = folder.parent
+        except OSError as error:
+            raise UserError(f"can't write {path}: {error.strerror}") from error
+        if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(f"can't write {path}: {folder} is not a folder that can be written to")
 
 
 def write_text(path: str | Path, text: str) -> Path:
@@ -78,7 +89,13 @@ def load(path: str | Path, format: str | None = None, mend: str = "make it anew"
     if path.stat().st_size > LARGEST:
         raise UserError(f"{path} is larger than any file of ours ({LARGEST >> 30} GiB)")
     try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:      # nothing of ours is compressed
+                if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                    raise ValueError("its entries claim more than it holds")
+        with warnings.catch_warnings(action="ignore"):      # what it says of odd pickles
+            value = torch.load(path, map_location="cpu", weights_only=True)
+        _check_tensors(value)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} is refused: it is damaged or holds more than tensors and plain values, so that "
                         f"loading it could run code ({_first_line(error)[:80]})") from error
@@ -87,6 +104,20 @@ def load(path: str | Path, format: str | None = None, mend: str = "make it anew"
     if format is not None and (not isinstance(value, dict) or value.get("format") != format):
         raise UserError(f"{path} is not a file of the format '{format}'; {mend}")
     return value
+
+
+def _check_tensors(value) -> None:
+    """Tensors that are not dense, lie on no device or claim more numbers than the file has: ValueError."""
+    items, seen = [value], set()
+    while items:
+        item = items.pop()
+        if isinstance(item, torch.Tensor) and (
+                item.layout != torch.strided or item.device.type != "cpu" or item.is_quantized
+                or item.numel() * item.element_size() > item.untyped_storage().nbytes()):
+            raise ValueError(f"a tensor of shape {list(item.shape)} that is not dense")
+        if isinstance(item, dict | list | tuple) and id(item) not in seen:
+            seen.add(id(item))
+            items.extend(item.values() if isinstance(item, dict) else item)
 
 
 def save_model(model: models.Detector, path: str | Path, meta: dict | None = None) -> Path:
@@ -103,17 +134,36 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> models.D
     """The model of a checkpoint, in evaluation mode; `model.meta` says how it was made."""
     checkpoint = load(path, MODEL, "train it with run_training.py")
     try:
+        spec, classifier = checkpoint["spec"], checkpoint["spec"]["base_model"]
+        if spec.get("members", 0) > len(checkpoint["state"]):
+            raise ValueError(f"{spec['members']} members, but {len(checkpoint['state'])} tensors")
+        if spec.get("classes", classifier["classes"]) != classifier["classes"]:
+            raise ValueError(f"{spec['classes']} and {classifier['classes']} classes")
+        if not 0 < classifier["size"] <= LARGEST_SIZE:
+            raise ValueError(f"images of size {classifier['size']}")
         with torch.device("meta"):      # shapes without memory: a hostile spec cannot claim any
-            model = models.build(checkpoint["spec"])
+            model = models.build(spec)
         load_state(model, checkpoint["state"], assign=True)
         model.meta = dict(checkpoint["meta"])
+        with torch.no_grad():           # do its parts fit each other?
+            x = torch.zeros(1, classifier["channels"], classifier["size"], classifier["size"])
+            confidence, score = model.eval()(x).exp(), model.score(x)
+        if not (confidence.shape == (1, classifier["classes"]) and (confidence.sum() - 1).abs() < 1e-3
+                and score.shape == (1,) and score.isfinite()):
+            raise ValueError("what it computes are no confidences")
     except Exception as error:
         raise UserError(f"{path} does not hold a model of ours: {_first_line(error)[:200]}") from error
-    return model.to(device).eval()
+    return model.to(device)
+
+
+def check_state_dict(state) -> None:
+    if not isinstance(state, dict) or not all(isinstance(key, str) and isinstance(value, torch.Tensor)
+                                              for key, value in state.items()):
+        raise ValueError("a state dict maps names to tensors")
 
 
 def load_state(model: torch.nn.Module, state: dict, assign: bool = False) -> None:
-    """load_state_dict that also insists on shapes, types and finite values."""
+    """load_state_dict that also insists on shapes, types, finite values and a metric's positive singular values."""
     expected = model.state_dict()
     if missing := [key for key in expected if key not in state]:
         raise ValueError(f"missing key {missing[0]}" + f" and {len(missing) - 1} more" * (len(missing) > 1))
@@ -127,6 +177,8 @@ def load_state(model: torch.nn.Module, state: dict, assign: bool = False) -> Non
             raise ValueError(f"{key} must be {expected[key].dtype}, got {value.dtype}")
         if value.is_floating_point() and not value.isfinite().all():
             raise ValueError(f"{key} has values that are not finite")
+        if key.endswith("singular_values") and not (value > 0).all():
+            raise ValueError(f"{key} must be positive")
     model.load_state_dict(state, assign=assign)
 
 
@@ -149,8 +201,6 @@ def load_mixtures(path: str | Path, mend: str) -> tuple[models.GMM, models.GMM, 
             load_state(gmm, gmm.state_dict())       # finite, float32
             if any(value.dtype != torch.float32 for value in gmm.state_dict().values()):
                 raise ValueError("mixtures must be float32")
-        if not (metric.singular_values > 0).all():
-            raise ValueError("singular values must be positive")
         return *gmms, dict(saved["meta"])
     except Exception as error:
         raise UserError(f"{path} does not hold mixtures of ours: {_first_line(error)[:200]}; {mend}") from error
@@ -170,7 +220,7 @@ def run_record(args, **more) -> dict:
 
 
 def _has_git() -> bool:
-    return (Path(__file__).parent.parent / ".git").exists()
+    return shutil.which("git") is not None and (Path(__file__).parent.parent / ".git").exists()
 
 
 def _first_line(error: BaseException) -> str:

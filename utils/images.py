@@ -18,14 +18,21 @@ from PIL import Image, ImageOps
 from utils.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif")
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")     # not EPS, which is a program
 GREY_MODES = ("1", "L", "LA", "I;16")
 
 
 def list_images(path: str | Path) -> list[Path]:
     """All image files below a folder, sorted; UserError if there are none."""
-    tree = os.walk(path, followlinks=True)
-    files = sorted(Path(folder, name) for folder, _, names in tree for name in names
-                   if name.lower().endswith(EXTENSIONS) and not name.startswith("."))
+    files, seen = [], set()
+    for folder, folders, names in os.walk(path, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:      # a link back to a folder above it
+            folders.clear()
+            continue
+        seen.add(real)
+        files += [Path(folder, name) for name in names
+                  if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
+    files.sort()
     if not files:
         raise UserError(f"no images in {path}: it must be a folder of {' '.join(EXTENSIONS)} files")
     return files
@@ -51,7 +58,9 @@ def read_images(paths: Sequence[Path], channels: int, size: int, crops: Sequence
 
     def read(i: int) -> None:
         try:
-            with Image.open(paths[i]) as image:
+            with Image.open(paths[i], formats=FORMATS) as image:
+                if image.width * image.height > Image.MAX_IMAGE_PIXELS:     # Pillow itself only warns
+                    raise ValueError("too large")
                 if crops[i] is not None:   # a big JPEG may be decoded at a fraction of its size
                     image.draft(None, (8 * size, 8 * size))
                 image = _decode(image, channels)
@@ -134,7 +143,7 @@ def resize(image: Image.Image, size: int, box: tuple[float, ...], gap: float | N
 
 def is_grey(path: Path) -> bool:
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return image.mode in GREY_MODES
     except Exception:   # named when it is read
         return True

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 import params
 from models import CLASSIFIERS, Normalised, Softmax, build_classifier
 from utils import files
@@ -32,8 +30,7 @@ def import_state_dict(source: str | Path | dict, arch: str, dataset: str, mean: 
     for name in WRAPPERS:
         if isinstance(state, dict) and isinstance(state.get(name), dict):
             state = state[name]
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise ValueError("a state dict maps names to tensors")
+    files.check_state_dict(state)
     while prefix := next((p for p in PREFIXES if state and all(key.startswith(p) for key in state)), None):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
 

@@ -6,6 +6,7 @@ made on what a network was trained on.
 
 import hashlib
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ PHOTO_TRAIN = 0.8      # share of the one photograph's width, from the left, tha
 
 Shape = tuple[int, int]   # channels, size
 _FILES = {"TinyImages": "80M_Tiny_Images/tiny_images.bin", "RandomImages300k": "300K_random_images.npy"}
+FIXED = (*_FILES, *PLAIN)      # images as they are; the others are crops of photos
 _HOW = {
     "TinyImages": "80 Million Tiny Images was withdrawn by its owners in 2020; the field uses --out_dataset "
                   "RandomImages300k instead",
@@ -57,6 +59,8 @@ def load_out(name: str, like: ImageSet, data_dir: str | Path, out_dir: str | Pat
     if split not in ("train", "test"):
         raise ValueError(f"split is train or test, not {split}")
     name = resolve(name, data_dir)
+    if out_dir is not None and name != "Folder":
+        raise UserError(f"--out_dir goes with --out_dataset Folder, not with {name}")
     shape = like.images.shape[1:3]
     rng = np.random.default_rng(seed)
     crops = name in ("Folder", "Photos")
@@ -111,7 +115,7 @@ def _tiny_images(path: Path, split: str, n: int, shape: Shape, rng: Generator) -
     if (names := path.with_name("80mn_cifar_idxs.txt")).is_file():
         try:   # the list counts from 1, as Hendrycks' Outlier Exposure reads it
             excluded = np.array(names.read_text().split(), np.int64) - 1
-        except ValueError:
+        except (ValueError, OverflowError):
             raise UserError(f"{names} must hold whole numbers only, one a line") from None
     else:
         print(f"{names} is not there: the images that are in CIFAR too are not left out", file=sys.stderr)
@@ -122,10 +126,11 @@ def _tiny_images(path: Path, split: str, n: int, shape: Shape, rng: Generator) -
 def _random_images(path: Path, split: str, n: int, shape: Shape, rng: Generator) -> torch.Tensor:
     """300K Random Images: one array uint8 [N, 32, 32, 3]."""
     try:
-        source = np.lib.format.open_memmap(path, mode="r")   # never unpickles
+        with warnings.catch_warnings(action="ignore"):       # what it says of odd headers
+            source = np.lib.format.open_memmap(path, mode="r")   # never unpickles
         if source.dtype != np.uint8 or source.shape[1:] != (32, 32, 3) or len(source) < 1 / HELD_OUT:
             raise ValueError(f"{source.dtype} {list(source.shape)}, uint8 [N, 32, 32, 3] expected")
-    except (ValueError, OSError, EOFError) as error:
+    except Exception as error:       # a header is read by Python's own parser, which raises what it likes
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"{path} is damaged or another file ({reason}); delete it and "
                         f"{_HOW['RandomImages300k'].format(dir=path.parent)}") from None

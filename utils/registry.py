@@ -36,6 +36,9 @@ def load_models(data: ImageSet, labels: list[str] | None, device: torch.device) 
                 hint = f" (--image_size {has})" if dataset == "Folder" and key == "size" else ""
                 raise UserError(f"{found[label]} has {key} {has}, {dataset} has {wanted}: it is a model for other "
                                 f"images{hint}; use them, or remove it")
+        if model.meta.get("dataset", dataset) != dataset:
+            raise UserError(f"{found[label]} was trained on {model.meta['dataset']}, not on {dataset}; remove it, and "
+                            "train one: run_training.py")
         if (names := tuple(model.meta.get("class_names", ()))) != data.class_names:
             raise UserError(f"{found[label]} was trained on the classes {', '.join(names)[:80] or '?'}, not on "
                             f"{', '.join(data.class_names)[:80]}: give its own --data_dir, or remove it")

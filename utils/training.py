@@ -83,6 +83,7 @@ def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet |
         history = _restore(state_path, model, objective, optimizer, generators, options)
         print(f"resumed after epoch {len(history)}")
     steps = math.ceil(len(data) / settings.batch_size)
+    out_batch = min(settings.batch_size, len(data)) * objective.out_batch_ratio
     main = parallel.rank() == 0
     writer = SummaryWriter(str(log_dir), purge_step=len(history)) if main else None
     saved = time.monotonic()
@@ -93,8 +94,7 @@ def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet |
         if (size := parallel.world_size()) > 1:     # dropout differs from process to process; known when resumed
             torch.manual_seed((settings.seed * settings.epochs + epoch) * size + parallel.rank())
         totals: dict[str, torch.Tensor] = {}
-        outs = (endless(out, settings.batch_size * objective.out_batch_ratio, generators["out"], augmentation)
-                if out is not None else None)
+        outs = endless(out, out_batch, generators["out"], augmentation) if out is not None else None
         bar = tqdm(batches(data, settings.batch_size, generators["in"], augmentation), total=steps, leave=False,
                    desc=f"epoch {epoch + 1}/{settings.epochs}", disable=None)
         for step, (x, y) in enumerate(bar):
