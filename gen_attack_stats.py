@@ -30,6 +30,7 @@ from utils.data import load_in_dist, load_ood
 from utils.errors import UserError
 from utils.out_data import load_out, resolve
 from utils.registry import load_models, name_untrained
+from utils.state import State
 
 BALLS = {True: "CCU", False: "CCUs"}        # --fit_out: whose certificate gives the radii
 
@@ -43,6 +44,7 @@ def main(args):
     jobs = {dataset: prepare(dataset, args, device) for dataset in args.datasets}      # all checks before any work
     stem = args.output or model_paths.RESULTS / f"table1_{'_'.join(jobs)}_{time.strftime('%Y%m%d-%H%M%S')}"
     files.check_writable(stem)
+    files.lock(stem)
     rows, notes, written, finished = {}, [f"command: {files.run_record(args)['command']}"], [], []
     for dataset, (models, metric, test, seeds, radii) in jobs.items():
         if args.models is None:
@@ -65,13 +67,12 @@ def main(args):
         notes += [f"{dataset}: {describe_balls(args, radii)}", *tables.model_notes(models)]
         notes += [f"{label}: the attack climbed log(confidence - 1/M), which increases with the score and is not flat"
                   for label, model in models.items() if isinstance(model, CCU)]
-        backup = model_paths.BACKUP / f"{model_paths.name_of(stem)}_{dataset}.pt"
         written.append(files.save({
             "format": "CCU attack, version 1", "record": files.run_record(args, seconds=time.monotonic() - start),
             "dataset": dataset, "seeds": seeds, "radii": radii, "models": result,
             "meta": {label: model.meta for label, model in models.items()},
             "scores_in": {label: scores_in.cpu() for label, (_, scores_in) in tested.items()},
-            "labels_in": test.labels.cpu()}, backup))
+            "labels_in": test.labels.cpu()}, model_paths.backup(stem, dataset)))
     table = layout(rows, args)
     title = "Table 1: adversarial noise (%)"
     tables.show(table, title)
@@ -140,14 +141,16 @@ def attack_model(label, model, metric, seeds, radii, parts, args, device) -> dic
         path = parts / f"{b}.pt"
         if not path.exists():
             generator = torch.Generator(device).manual_seed(args.seed * 1000 + b)
+            state = State(path.with_suffix(".state"), {}, resume=True)
             with tqdm(desc=f"{label}, batch {b + 1}", total=args.steps, leave=False, disable=None) as bar:
                 found = attack(model, metric, x.to(device), r.to(device), args.steps, args.restarts, args.alpha,
-                               generator, progress=bar.update)
+                               generator, progress=bar.update, state=state)
             with torch.no_grad():
                 unit = {"samples": found.samples.cpu(), "score": model.score(found.samples).cpu(),
                         "prediction": model(found.samples).argmax(1).cpu(),
                         "seed_score": model.score(x.to(device)).cpu()}
             files.save(unit, path)
+            state.remove()
             print(f"{label}, batch {b + 1}: mean score {unit['seed_score'].mean():.4f} -> {unit['score'].mean():.4f}",
                   flush=True)
         units.append(files.load(path))
@@ -162,6 +165,7 @@ def unit_folder(dataset, label, model, metric, seeds, radii, args):
     for tensor in (seeds, radii, *metric.state_dict().values(), *model.state_dict().values()):
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     folder = model_paths.attack_units(dataset, label, digest.hexdigest())
+    files.lock(folder)
     if folder.exists() and not args.resume:
         shutil.rmtree(folder)
     return folder
@@ -228,7 +232,7 @@ def parser() -> cli.Parser:
     p.add_argument("--wide_format", type=cli.flag, default=False, help="1 = one column per label (0)")
     p.add_argument("--vertical", type=cli.flag, default=False, help="without --wide_format: 1 = data sets below each "
                    "other (0)")
-    p.add_argument("--resume", type=cli.flag, default=False, help="1 = keep the finished batches of a killed run (0)")
+    p.add_argument("--resume", type=cli.flag, default=False, help="1 = go on with an interrupted run (0)")
     p.add_argument("--output", help="write PATH.csv and PATH.txt (results/table1_<datasets>_<time>)", metavar="PATH")
     return p
 

@@ -31,6 +31,7 @@ def main(args):
     stem = args.output or model_paths.RESULTS / f"table2_{args.dataset}_{time.strftime('%Y%m%d-%H%M%S')}"
     files.check_writable(stem)
     sets = ood_sets(args, folders, test)
+    files.lock(stem)
     if args.models is None:
         name_untrained(args.dataset)
     test_gpu = test.to(device)
@@ -54,11 +55,11 @@ def main(args):
     tables.show(fpr, title_fpr)
     print("", *notes, sep="\n")
     written = tables.write(table, stem, title, notes) + tables.write(fpr, f"{stem}_fpr95", title_fpr, notes)
-    backup = model_paths.BACKUP / f"{model_paths.name_of(stem)}.pt"
     written.append(files.save({
         "format": "CCU scores, version 1", "record": files.run_record(args), "dataset": args.dataset,
         "test_error": test_errors, "meta": {label: model.meta for label, model in models.items()},
-        "scores": {f"{label}/{name}": value.cpu() for (label, name), value in scores.items()}}, backup))
+        "scores": {f"{label}/{name}": value.cpu() for (label, name), value in scores.items()}},
+        model_paths.backup(stem)))
     print("", *(f"wrote {path}" for path in written), sep="\n")
 
 

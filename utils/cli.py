@@ -1,6 +1,7 @@
 """The command line: one parser for flags, one way to fail, one choice of device."""
 
 import argparse
+import errno
 import re
 import sys
 import warnings
@@ -8,6 +9,7 @@ import warnings
 import torch
 
 import params
+from utils import files
 from utils.errors import UserError, check_name
 
 
@@ -136,3 +138,9 @@ def run(main, parser: Parser) -> None:
         parser.exit(2, f"{parser.prog}: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"\n{parser.prog}: interrupted\n")
+    except OSError as error:        # files.write reports its own; TensorBoard's logs are left
+        if args.debug or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    finally:
+        files.unlock()
