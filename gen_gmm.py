@@ -8,6 +8,7 @@ metric, on about 25,000 out-images; writes checkpoints/<dataset>/gmm/<metric>_n<
 """
 
 import time
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -81,7 +82,8 @@ def main(args):
               f"{len(z_out)} of {out_name}), {meta['seconds']:.1f} s\nwrote {path}")
 
 
-def made_with(options: dict, path) -> bool:
+def made_with(options: dict, path: Path) -> bool:
+    """Whether the mixtures at `path` are those that these options give."""
     meta = files.load_mixtures(path, "start without --resume")[2]
     return meta | options == meta
 

@@ -155,7 +155,7 @@ def ascend(objective: Callable[[Tensor], Tensor], region: Region, delta: Tensor,
     else:
         (taken, delta, previous, gradient, force, step, stalled, patience, best, best_score, best_gradient,
          best_force) = search
-    for taken in range(taken, steps):       # noqa: B020
+    for k in range(taken, steps):
         move = step * ascent_direction(region.metric, gradient) + MOMENTUM * (delta - previous)
         previous, (delta, force) = delta, region.project(delta + move, delta, force, step)
         score, gradient = evaluate(delta)
@@ -172,7 +172,7 @@ def ascend(objective: Callable[[Tensor], Tensor], region: Region, delta: Tensor,
         step, patience = torch.where(short, first, step), torch.where(short[:, 0], 2 * patience, patience)
         delta, previous, gradient, force = (choose(back, new, old) for new, old in (
             (best, delta), (best, previous), (best_gradient, gradient), (best_force, force)))
-        keep([taken + 1, delta, previous, gradient, force, step, stalled, patience, best, best_score, best_gradient,
+        keep([k + 1, delta, previous, gradient, force, step, stalled, patience, best, best_score, best_gradient,
               best_force])
     return best
 

@@ -107,7 +107,8 @@ def unlock() -> None:
     """Give back all that `lock` keeps."""
     while _held:
         name, descriptor = _held.popitem()
-        name.unlink(missing_ok=True)
+        with suppress(OSError):
+            name.unlink()
         os.close(descriptor)
 
 
