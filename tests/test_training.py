@@ -7,10 +7,12 @@ import pytest
 import torch
 from conftest import run_script
 
+import run_training
 import utils.training as training
 from models import CCU
 from utils import load_model
 from utils.objectives import CEDA_GMM, OE
+from utils.out_data import load_out
 from utils.state import State
 
 
@@ -35,10 +37,11 @@ def test_a_resumed_run_ends_in_the_same_weights(method, digits_run, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     (tmp_path / "checkpoints" / "Digits").mkdir(parents=True)
     (tmp_path / "checkpoints" / "Digits" / "gmm").symlink_to(digits_run / "checkpoints" / "Digits" / "gmm")
-    monkeypatch.setattr("utils.state.SAVE_EVERY", 0.0)
+    monkeypatch.setattr(run_training, "load_out", lambda *args, **options: load_out(*args, **options | {"n": 500}))
     command = f"run_training.py --dataset Digits --train_type {method} --augm_flag 1 --epochs 3"
     run_script(command + " --label whole")
     with monkeypatch.context() as patch:
+        patch.setattr("utils.state.SAVE_EVERY", 0.0)
         die_after(patch, 17)        # in the second of three epochs of 12 steps
         with pytest.raises(Killed):
             run_script(command + " --label halves")
