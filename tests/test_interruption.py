@@ -241,7 +241,7 @@ def twice(folder):
     make_folder(folder)
     def pause():
         lock = files.lock
-        files.lock = lambda path: (lock(path), print("locked", flush=True), signal.pause())
+        files.lock = lambda path: (lock(path), print("locked", flush=True), signal.alarm(120), signal.pause())
     for job in FULL:
         first = start(folder, JOBS[job], pause)
         deadline = time.monotonic() + 60
