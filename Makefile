@@ -75,7 +75,7 @@ $(MODELS)/CCU.pt $(MODELS)/CCUs.pt: $(MIXTURES)
 $(MODELS)/ODIN.pt $(MODELS)/Maha.pt: $(MODELS)/Base.pt
 
 $(MIXTURES): | $(INSTALLED)
-	$(PY) gen_gmm.py --dataset $(DATASET) --PCA 1 --augm_flag 1 $(DATA) $(OUT) $(call gpu,CCU)
+	$(PY) gen_gmm.py --dataset $(DATASET) --PCA 1 --augm_flag 1 $(DATA) $(OUT) $(call gpu,CCU) --resume 1
 	touch $@
 
 # --- checks ------------------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from utils.data import KNOWN_OOD, load_in_dist, load_ood
 from utils.errors import UserError
 from utils.out_data import load_out, resolve
 from utils.registry import load_models, name_untrained
+from utils.state import State
 
 BALLS = {True: "CCU", False: "CCUs"}        # --fit_out: whose certificate gives the radii
 
@@ -46,9 +47,10 @@ def main(args):
         raise UserError("--load_seeds holds the seeds of one data set: give one to --datasets")
     stem = Path(args.output or model_paths.RESULTS / f"table1_{'_'.join(args.datasets)}_"
                                                      f"{time.strftime('%Y%m%d-%H%M%S')}")
-    backups = {dataset: model_paths.BACKUP / f"{model_paths.name_of(stem)}_{dataset}.pt" for dataset in args.datasets}
+    backups = {dataset: model_paths.backup(stem, dataset) for dataset in args.datasets}
     files.check_writable(stem, f"{stem}.csv", *backups.values())
     jobs = {dataset: prepare(dataset, args, device) for dataset in args.datasets}      # all checks before any work
+    files.lock(stem)
     rows, notes, written, finished = {}, [f"command: {files.run_record(args)['command']}"], [], []
     for dataset, (models, metric, test, seeds, radii) in jobs.items():
         if args.models is None:
@@ -166,13 +168,15 @@ def same_metric(a, b) -> bool:
 def attack_batch(label, model, metric, b, x, r, path, args, device) -> None:
     """Worst samples and their scores of batch b, seeds x and radii r; kept in `path`, for --resume 1 too."""
     generator = torch.Generator(device).manual_seed(args.seed * 1000 + b)
+    state = State(path.with_suffix(".state"), {}, resume=True)
     with tqdm(desc=f"{label}, batch {b + 1}", total=args.steps, leave=False, disable=None) as bar:
         found = attack(model, metric, x.to(device), r.to(device), args.steps, args.restarts, args.alpha, generator,
-                       progress=bar.update)
+                       progress=bar.update, state=state)
     with torch.no_grad():
         unit = {"samples": found.samples.cpu(), "score": model.score(found.samples).cpu(),
                 "prediction": model(found.samples).argmax(1).cpu(), "seed_score": model.score(x.to(device)).cpu()}
     files.save(unit, path)
+    state.remove()
     print(f"{label}, batch {b + 1}: mean score {unit['seed_score'].mean():.4f} -> {unit['score'].mean():.4f}",
           flush=True)
 
@@ -191,6 +195,7 @@ def unit_folder(dataset, label, model, metric, seeds, radii, args):
     for tensor in (seeds, radii, *metric.state_dict().values(), *model.state_dict().values()):
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     folder = model_paths.attack_units(dataset, label, digest.hexdigest())
+    files.lock(folder)
     if folder.exists() and not args.resume and parallel.rank() == 0:
         shutil.rmtree(folder)
     return folder
@@ -268,7 +273,7 @@ def parser() -> cli.Parser:
     p.add_argument("--wide_format", type=cli.flag, default=False, help="1 = one column per label (0)")
     p.add_argument("--vertical", type=cli.flag, default=False, help="without --wide_format: 1 = data sets below each "
                    "other (0)")
-    p.add_argument("--resume", type=cli.flag, default=False, help="1 = keep the finished batches of a killed run (0)")
+    p.add_argument("--resume", type=cli.flag, default=False, help="1 = go on with an interrupted run (0)")
     p.add_argument("--output", help="write PATH.csv and PATH.txt (results/table1_<datasets>_<time>)", metavar="PATH")
     return p
 

@@ -30,12 +30,13 @@ def main(args):
         raise UserError(f"--ood: {'a name stands twice' if taken is True else f'{taken.pop()} is a row already'}; "
                         "choose another name")
     stem = Path(args.output or model_paths.RESULTS / f"table2_{args.dataset}_{time.strftime('%Y%m%d-%H%M%S')}")
-    backup = model_paths.BACKUP / f"{model_paths.name_of(stem)}.pt"
+    backup = model_paths.backup(stem)
     files.check_writable(stem, f"{stem}.csv", f"{stem}_fpr95.csv", backup)
     test = load_in_dist(args.dataset, "test", args.data_dir, args.download, args.image_size)
     models = load_models(test, args.models, device)
     sets = ood_sets(args, folders, test)
     warn_overlap(models, sets, test, args)
+    files.lock(stem)
     if args.models is None:
         name_untrained(args.dataset)
     test_gpu = test.to(device)

@@ -9,6 +9,7 @@ metric, on about 25,000 out-images; writes checkpoints/<dataset>/gmm/<metric>_n<
 
 import sys
 import time
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -21,6 +22,7 @@ from utils.data import Augmentation, ImageSet, augment, load_in_dist
 from utils.errors import UserError
 from utils.fit import fit_gmm
 from utils.out_data import load_out, resolve
+from utils.state import State
 
 
 def main(args):
@@ -40,24 +42,42 @@ def main(args):
                    download=args.download)
     check_enough(args.n, out)
 
+    jobs = {}       # file -> what decides it
+    for n, path in paths.items():
+        options = {"dataset": args.dataset, "metric": name, "n": n, "out_dataset": out_name,
+                   "out_dir": args.out_dir if out_name == "Folder" else None,
+                   "seed": args.seed, "images": [len(data), len(out)], "reg_covar": args.reg_covar,
+                   "augm_flag": args.augm_flag}
+        files.lock(path)
+        if args.resume and path.exists() and made_with(options, path):
+            print(f"{path} is there")
+        else:
+            jobs[path] = options
+    if not jobs:
+        return
+
     augmentation = Augmentation(defaults.crop, defaults.pad_mode, defaults.flip) if args.augm_flag else None
     X, X_out = (one_pass(images.to(device), augmentation, args.seed) for images in (data, out))
     metric = make_metric(name, X)
     z, z_out = metric.transform(X), metric.transform(X_out)
-    for n, path in paths.items():
-        start = time.monotonic()
-        gmm_in, fit_in = fit_gmm(z, metric, n, args.reg_covar, args.seed, progress("in", n, args.verbose))
-        gmm_out, fit_out = fit_gmm(z_out, metric, n, args.reg_covar, args.seed, progress("out", n, args.verbose))
+    for path, options in jobs.items():
+        start, n = time.monotonic(), options["n"]
+        states = [State(model_paths.em_state(path, which), options, args.resume) for which in ("in", "out")]
+        (gmm_in, fit_in), (gmm_out, fit_out) = (
+            fit_gmm(images, metric, n, args.reg_covar, args.seed, progress(which, n, args.verbose), state)
+            for which, images, state in zip(("in", "out"), (z, z_out), states, strict=True))
         if not all(value.isfinite().all() for gmm in (gmm_in, gmm_out) for value in gmm.state_dict().values()):
+            for state in states:
+                state.remove()
             raise UserError(f"--n {n}: the fitted mixtures are not finite; choose fewer centroids or a larger "
                             "--reg_covar")
-        meta = {"dataset": args.dataset, "metric": name, "n": n, "out_dataset": out_name, "seed": args.seed,
-                "out_dir": args.out_dir if out_name == "Folder" else None,
-                "images": [len(z), len(z_out)], "reg_covar": args.reg_covar, "augm_flag": args.augm_flag,
+        meta = {**options,
                 "variances": [gmm_in.logvar[0].exp().item(), gmm_out.logvar[0].exp().item()],
                 "log_likelihoods": [fit_in.log_likelihoods[-1], fit_out.log_likelihoods[-1]],
                 "seconds": time.monotonic() - start}
         files.save_mixtures(gmm_in, gmm_out, path, meta)
+        for state in states:
+            state.remove()
         print(f"n = {n}: in-variance {meta['variances'][0]:.4g} (log-likelihood {meta['log_likelihoods'][0]:.1f} per "
               f"image of {len(z)}), out-variance {meta['variances'][1]:.4g} ({meta['log_likelihoods'][1]:.1f}, "
               f"{len(z_out)} of {out_name}), {meta['seconds']:.1f} s\nwrote {path}")
@@ -66,6 +86,12 @@ def main(args):
 def check_enough(n: list[int], images: ImageSet) -> None:
     if max(n) > len(images):
         raise UserError(f"--n {max(n)}: {images.name} has {len(images)} images; choose fewer centroids")
+
+
+def made_with(options: dict, path: Path) -> bool:
+    """Whether the mixtures at `path` are those that these options give."""
+    meta = files.load_mixtures(path, "start without --resume")[2]
+    return meta | options == meta
 
 
 def one_pass(images: ImageSet, augmentation: Augmentation | None, seed: int) -> torch.Tensor:
@@ -113,6 +139,8 @@ def parser() -> cli.Parser:
     p.add_argument("--data_used", type=cli.integer(2), help="fit on so many in-images (all)")
     p.add_argument("--reg_covar", type=cli.number(0, 1e6), default=params.REG_COVAR,
                    help=f"added to the fitted variances ({params.REG_COVAR})")
+    p.add_argument("--resume", type=cli.flag, default=False, help="1 = go on with an interrupted run, keep the files "
+                   "that it finished (0)")
     p.add_argument("--verbose", type=cli.flag, default=False, help="1 = print the log-likelihood of every step (0)")
     return p
 

@@ -50,6 +50,11 @@ def mixtures(dataset: str, metric: str, n: int, out_dataset: str) -> Path:
     return CHECKPOINTS / dataset / "gmm" / f"{metric}_n{n}_{out_dataset}.pt"
 
 
+def em_state(mixtures: Path, which: str) -> Path:
+    """What --resume 1 continues the fit of the "in" or the "out" mixture from."""
+    return mixtures.with_suffix(f".{which}.state")
+
+
 def trained(dataset: str) -> dict[str, Path]:
     """label -> file of the models that exist: those of the tables in their order, then all others."""
     found = {path.stem: path for path in sorted((CHECKPOINTS / dataset).glob("*.pt"))}
@@ -71,6 +76,6 @@ def attack_units(dataset: str, label: str, digest: str) -> Path:
     return BACKUP / f".attack_{dataset}_{label}_{digest[:16]}"
 
 
-def name_of(stem) -> str:
-    """The name under which a table's backup is kept."""
-    return Path(stem).name
+def backup(stem: str | Path, dataset: str | None = None) -> Path:
+    """Where the data behind the table `stem` are kept: in the folder backup beside it."""
+    return Path(stem).parent / "backup" / (Path(stem).name + (f"_{dataset}" if dataset else "") + ".pt")

@@ -28,6 +28,7 @@ from utils.errors import UserError
 from utils.evaluation import evaluate, test_error, warn_near_chance
 from utils.out_data import load_out, resolve
 from utils.registry import load_models
+from utils.state import State
 from utils.training import Settings, train
 
 CALIBRATED = {"ODIN": ("temperature", "eps"), "Maha": ("eps",)}     # on Base, not trained: what each chooses
@@ -50,6 +51,7 @@ def main(args):
     mixtures = load_mixtures(args, out_name, data) if args.use_gmm else None
     out = (load_out(out_name, data, args.data_dir, args.out_dir, seed=args.seed, download=args.download,
                     n=params.CALIBRATION_IMAGES if calibrated else None) if out_name else None)
+    files.lock(path)
 
     start = time.monotonic()
     epochs, states = args.epochs, []
@@ -112,7 +114,7 @@ def train_network(args, seed, name, state_path, data, out, base, mixtures) -> tu
     options = {key: value for key, value in vars(args).items() if key not in ("gpu", "resume", "debug", "verbose")}
     logs = model_paths.log_dir(args.dataset, name, time.strftime("%Y%m%d-%H%M%S"))
     model.amp = args.amp
-    history = train(model, objective, data, out, augmentation, settings, state_path, args.resume, options, logs,
+    history = train(model, objective, data, out, augmentation, settings, State(state_path, options, args.resume), logs,
                     args.verbose)
     model.amp = False
     return model, history

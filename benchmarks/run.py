@@ -19,6 +19,7 @@ import platform
 import re
 import statistics
 import sys
+import tempfile
 import time
 import warnings
 from functools import partial
@@ -41,6 +42,7 @@ from utils.errors import MissingData
 from utils.evaluation import evaluate
 from utils.fit import em, fit_gmm, kmeans_start
 from utils.objectives import CEDA, CEDA_GMM, Plain
+from utils.state import State
 from utils.torchvision_guard import datasets
 from utils.training import Settings, make_optimizer, train
 
@@ -454,15 +456,14 @@ def epochs(report: Report, device: torch.device, quick: bool) -> None:
     metric = PCAMetric(torch.linalg.qr(torch.randn(D, D, generator=generator))[0], torch.linspace(10, 0.1, D))
     gmms = [GMM(torch.rand(K, D, generator=generator), torch.full((K,), math.log(var)),
                 torch.full((K,), -math.log(K)), metric) for var in (0.05, 0.5)]
-    scratch = Path(os.devnull).parent / "shm" if Path("/dev/shm").is_dir() else Path(".")
     for label, objective in {"Base": Plain(), "CCU": CEDA_GMM()}.items():
         network = build_classifier("ResNet18", 1, 28, M)
         model = (CCU(network, *gmms, 0.0, M) if label == "CCU" else Softmax(network)).to(device)
         model.amp = True
-        state = scratch / f".benchmark_{os.getpid()}.state"
-        history = train(model, objective, data, out if label == "CCU" else None, Augmentation(2, "constant", False),
-                        settings("ResNet18", 3), state, False, {}, scratch / f".benchmark_{os.getpid()}_logs")
-        state.unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            history = train(model, objective, data, out if label == "CCU" else None,
+                            Augmentation(2, "constant", False), settings("ResNet18", 3),
+                            State(Path(scratch, "state"), {}, False), Path(scratch, "logs"))
         seconds = statistics.median(epoch["seconds"] for epoch in history[1:])
         report.add(f"epoch, ResNet18, {label}, bf16, {n} images", seconds, "s", hours_to_100_epochs=seconds / 36)
 

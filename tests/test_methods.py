@@ -14,7 +14,6 @@ import model_paths
 import params
 import run_training
 import utils.objectives as objectives
-import utils.training as training
 from models import (
     CCU,
     CLASSIFIERS,
@@ -35,6 +34,7 @@ from utils.errors import UserError
 from utils.evaluation import auroc
 from utils.imported import import_state_dict
 from utils.out_data import load_out
+from utils.state import State
 
 M, D = 3, 4         # classes, pixels of the tiny images [B, 1, 2, 2]
 
@@ -474,7 +474,7 @@ def tiny(tmp_path, monkeypatch):
         return load_out(*args, **options | {"n": 40})
     monkeypatch.setattr(run_training, "load_in_dist", few)
     monkeypatch.setattr(run_training, "load_out", few_out)
-    monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr("utils.state.SAVE_EVERY", 0.0)
     monkeypatch.setattr(params, "CALIBRATION_IMAGES", 20)
     monkeypatch.setattr(params, "ODIN_TEMPERATURES", (1, 10))
     monkeypatch.setattr(params, "ODIN_EPS", (0.0, 0.002))
@@ -518,28 +518,29 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("method, after", [("MCD", 1), ("GAN", 1), ("DE --members 2", 1), ("DE --members 2", 3)])
+@pytest.mark.parametrize("method, after", [("MCD", 4), ("GAN", 4), ("DE --members 2", 3), ("DE --members 2", 11)])
 def test_a_killed_run_goes_on_to_the_same_weights(method, after, tiny, monkeypatch):
-    """Dropout, the GAN's two networks and their optimisers, and an ensemble killed in its 1st or 2nd member."""
+    """Dropout, the GAN's two networks and their optimisers, and an ensemble killed in its 1st or 2nd member.
+    The state is saved after each of an epoch's 3 steps."""
     options = f"--train_type {method} --epochs 2"
     train(options + " --label whole")
-    save, count = training._save, []
+    save, count = State.save, []
 
-    def dying(*args):
-        save(*args)
+    def dying(*args, **kwargs):
+        save(*args, **kwargs)
         count.append(1)
         if len(count) == after:
             raise Killed
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_save", dying)
+        patch.setattr(State, "save", dying)
         with pytest.raises(Killed):
             train(options + " --label halves")
     torch.manual_seed(99)
     count.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_save", lambda *args: (save(*args), count.append(1)))
+        patch.setattr(State, "save", lambda *args, **kwargs: (save(*args, **kwargs), count.append(1)))
         train(options + " --label halves --resume 1")
-    assert len(count) == (4 if "DE" in method else 2) - after           # no epoch is trained twice
+    assert len(count) == (12 if "DE" in method else 6) - after          # no step is made twice
     whole, halves = (checkpoint(label).state_dict() for label in ("whole", "halves"))
     assert all(torch.equal(whole[key], halves[key]) for key in whole)
 

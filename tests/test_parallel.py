@@ -18,7 +18,7 @@ from torch import nn
 import gen_attack_stats
 import run_training
 from models import build_classifier
-from utils import cli, files, load_model, objectives, parallel, training
+from utils import cli, files, load_model, objectives, parallel, state
 from utils.data import load_in_dist
 from utils.errors import UserError
 from utils.out_data import load_out
@@ -69,7 +69,7 @@ def trainings():
             raise KeyboardInterrupt
     train("MCD --label whole --verbose 1")
     objectives.Plain.start_epoch = die
-    training.SAVE_EVERY = 0.0
+    state.SAVE_EVERY = 0.0
     try:
         train("MCD --label halves")
     except KeyboardInterrupt:

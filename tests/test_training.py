@@ -7,26 +7,29 @@ import pytest
 import torch
 from conftest import run_script
 
+import run_training
 import utils.training as training
 from models import CCU
 from utils import load_model
 from utils.objectives import CEDA_GMM, OE
+from utils.out_data import load_out
+from utils.state import State
 
 
 class Killed(Exception):
     pass
 
 
-def die_after(monkeypatch, epochs):
-    """Make the loop die right after it has saved its state `epochs` times."""
-    save, count = training._save, [0]
+def die_after(monkeypatch, times):
+    """Make the loop die right after it has saved its state so often: after every step, with SAVE_EVERY 0."""
+    save, count = State.save, [0]
 
-    def dying(*args):
-        save(*args)
+    def dying(*args, **kwargs):
+        save(*args, **kwargs)
         count[0] += 1
-        if count[0] == epochs:
+        if count[0] == times:
             raise Killed
-    monkeypatch.setattr(training, "_save", dying)
+    monkeypatch.setattr(State, "save", dying)
 
 
 @pytest.mark.parametrize("method", ["plain", "OE", "CEDA_GMM --use_gmm 1 --PCA 1 --fit_out 1 --n 10"])
@@ -34,11 +37,12 @@ def test_a_resumed_run_ends_in_the_same_weights(method, digits_run, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     (tmp_path / "checkpoints" / "Digits").mkdir(parents=True)
     (tmp_path / "checkpoints" / "Digits" / "gmm").symlink_to(digits_run / "checkpoints" / "Digits" / "gmm")
-    monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(run_training, "load_out", lambda *args, **options: load_out(*args, **options | {"n": 500}))
     command = f"run_training.py --dataset Digits --train_type {method} --augm_flag 1 --epochs 3"
     run_script(command + " --label whole")
     with monkeypatch.context() as patch:
-        die_after(patch, 2)
+        patch.setattr("utils.state.SAVE_EVERY", 0.0)
+        die_after(patch, 17)        # in the second of three epochs of 12 steps
         with pytest.raises(Killed):
             run_script(command + " --label halves")
     torch.manual_seed(99)       # what happens between the halves must not matter
@@ -50,7 +54,7 @@ def test_a_resumed_run_ends_in_the_same_weights(method, digits_run, tmp_path, mo
 
 def test_another_learning_rate_does_not_continue_a_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr("utils.state.SAVE_EVERY", 0.0)
     command = "run_training.py --dataset Digits --train_type plain --epochs 3"
     with monkeypatch.context() as patch:
         die_after(patch, 1)
@@ -63,7 +67,7 @@ def test_another_learning_rate_does_not_continue_a_run(tmp_path, monkeypatch, ca
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr("utils.state.SAVE_EVERY", 0.0)
     with pytest.raises(SystemExit) as stop:
         run_script("run_training.py --dataset Digits --train_type plain --epochs 4 --lr 1e30")
     assert stop.value.code == 2 and "not finite" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from models.detectors import Detector
 from models.metric import PCAMetric
+from utils.state import State
 
 
 class AttackResult(NamedTuple):
@@ -135,20 +136,26 @@ GROWTH = 1.1            # of the step at each better score
 SHORTEST = 0.01         # of the first step: there the step is the first again, and the patience doubled
 
 
-def ascend(objective: Callable[[Tensor], Tensor], region: Region, delta: Tensor, steps: int, step: Tensor) -> Tensor:
+def ascend(objective: Callable[[Tensor], Tensor], region: Region, delta: Tensor, steps: int, step: Tensor,
+           keep: Callable[[list], None] = lambda search: None, search: list | None = None) -> Tensor:
     """The best of the `steps` points [N, D] on the way up from delta; each costs one forward and backward pass.
 
-    step [N, 1] is the length of the first step in the metric.
+    step [N, 1] is the length of the first step in the metric.  keep(search) is called after every step: with this
+    `search` it goes on from there.
     """
     def evaluate(delta):
         score, gradient = score_and_gradient(objective, region.images(delta))
         return score, gradient.flatten(1)
 
     first = step = step.clamp_min(1e-30)
-    score, gradient = evaluate(delta)
-    force, stalled, patience = torch.zeros_like(delta), torch.zeros_like(score), torch.full_like(score, PATIENCE)
-    previous, best, best_score, best_gradient, best_force = delta, delta, score, gradient, force
-    for _ in range(steps - 1):
+    if search is None:
+        score, gradient = evaluate(delta)
+        force, stalled, patience = torch.zeros_like(delta), torch.zeros_like(score), torch.full_like(score, PATIENCE)
+        taken, previous, best, best_score, best_gradient, best_force = 1, delta, delta, score, gradient, force
+    else:
+        (taken, delta, previous, gradient, force, step, stalled, patience, best, best_score, best_gradient,
+         best_force) = search
+    for k in range(taken, steps):
         move = step * ascent_direction(region.metric, gradient) + MOMENTUM * (delta - previous)
         previous, (delta, force) = delta, region.project(delta + move, delta, force, step)
         score, gradient = evaluate(delta)
@@ -165,13 +172,15 @@ def ascend(objective: Callable[[Tensor], Tensor], region: Region, delta: Tensor,
         step, patience = torch.where(short, first, step), torch.where(short[:, 0], 2 * patience, patience)
         delta, previous, gradient, force = (choose(back, new, old) for new, old in (
             (best, delta), (best, previous), (best_gradient, gradient), (best_force, force)))
+        keep([k + 1, delta, previous, gradient, force, step, stalled, patience, best, best_score, best_gradient,
+              best_force])
     return best
 
 
 @torch.no_grad()
 def attack(detector: Detector, metric: PCAMetric, seeds: Tensor, radii: Tensor, steps: int = 500, restarts: int = 50,
            alpha: float = 3.0, generator: torch.Generator | None = None, batch: int = 500,
-           progress: Callable[[int], object] | None = None) -> AttackResult:
+           progress: Callable[[int], object] | None = None, state: State | None = None) -> AttackResult:
     """Maximise detector.attack_score(x) over { x in [0, 1]^D : d(x, seed) <= radius }, for every seed.
 
     seeds [B, C, H, W] in [0, 1]; radii [B] in the metric's units, 0 to infinity.  `restarts` searches of `steps`
@@ -187,7 +196,8 @@ def attack(detector: Detector, metric: PCAMetric, seeds: Tensor, radii: Tensor, 
     for a fifth of the search before they first look at it.
 
     `batch` points are attacked at once; the starts, and up to rounding the result, do not depend on it.
-    progress(n) is called with n more steps of `steps` done.  The detector must be in evaluation mode.
+    progress(n) is called with n more steps of `steps` done.  The detector must be in evaluation mode.  An attack with
+    a `state` saves to it at intervals and goes on from there, to the same bits on a CPU.
     """
     B, shape, device = len(seeds), seeds.shape[1:], seeds.device
     radii = radii.to(device, torch.float64)
@@ -208,18 +218,34 @@ def attack(detector: Detector, metric: PCAMetric, seeds: Tensor, radii: Tensor, 
 
     best, distance = seeds.clone(), torch.zeros_like(radii)
     best_score = torch.cat([without_nan(detector.attack_score(x)) for x in seeds.split(batch)])
+    finished, search = 0, None      # blocks of points; the search of the next
+    if state is not None and (saved := state.load()) is not None:
+        finished, base, evaluations = saved["finished"], saved["base"], saved["evaluations"]
+        best, best_score, distance = (saved[key].to(device) for key in ("best", "best_score", "distance"))
+        search = [item.to(device) if isinstance(item, Tensor) else item for item in saved["search"]]
+
+    def keep(search: list):
+        if state is not None and state.due():
+            state.save(finished=finished, base=base, evaluations=evaluations, best=best, best_score=best_score,
+                       distance=distance, search=search)
+
+    skip = finished
     for rows in torch.arange(B, device=device).split(batch):
         for block in torch.arange(restarts, device=device).split(max(1, batch // len(rows))):
+            if skip:
+                skip -= 1
+                continue
             region = Region(metric, seeds[rows].repeat(len(block), 1, 1, 1), radii[rows].repeat(len(block)))
             start = unit_ball(base, (block[:, None] * B + rows).flatten().tolist(), metric.dim).to(seeds)
             start[block.repeat_interleave(len(rows)) == 0] = 0
             delta = region.pull_back(region.clamp(metric.inverse(start * region.radius)))
-            delta = ascend(objective, region, delta, steps, alpha / 10 * region.radius)
+            delta, search = ascend(objective, region, delta, steps, alpha / 10 * region.radius, keep, search), None
             x, d = region.checked(delta)
             score, which = without_nan(detector.attack_score(x.view(-1, *shape))).view(len(block), -1).max(0)
             better = score > best_score[rows]
             row, found = rows[better], (which * len(rows) + torch.arange(len(rows), device=device))[better]
             best[row], best_score[row], distance[row] = x[found].view(-1, *shape), score[better], d[found]
+            finished += 1
     return AttackResult(best, best_score, distance)
 
 

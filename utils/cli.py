@@ -1,6 +1,7 @@
 """The command line: one parser for flags, one way to fail, one choice of device."""
 
 import argparse
+import errno
 import re
 import sys
 import warnings
@@ -8,7 +9,7 @@ import warnings
 import torch
 
 import params
-from utils import parallel
+from utils import files, parallel
 from utils.errors import UserError, check_name
 from utils.out_data import KNOWN_OUT
 
@@ -192,6 +193,11 @@ def run(main, parser: Parser, several: bool = False) -> None:
         if full and not args.debug:
             parser.exit(2, f"{parser.prog}: out of memory: choose a smaller --batch_size, or fewer images or "
                         "centroids\n")
+        # files.write reports a full disk itself; TensorBoard's logs are left
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and not args.debug:
+            parser.exit(2, f"{parser.prog}: {error}\n")
         if not parallel.first_to_fail():        # this is what a broken connection looks like
             parser.exit(2)
         raise
+    finally:
+        files.unlock()

@@ -3,11 +3,13 @@
 A checkpoint holds tensors and plain values: {"format", "spec", "state", "meta"}.
 """
 
+import glob
 import json
 import os
 import pickle
 import platform
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +17,7 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -23,10 +26,17 @@ import models
 from utils import parallel
 from utils.errors import UserError
 
+try:
+    import fcntl
+except ImportError:     # Windows: no locks
+    fcntl = None
+
 MODEL, MIXTURES = "CCU model, version 1", "CCU mixtures, version 1"
 # bytes; the largest of ours, a ResNet18 with two mixtures at 32x32x3, has 90 MB
 LARGEST = 4 * 2 ** 30
 LARGEST_SIZE = 1024     # pixels, height and width of a model's images
+ABANDONED = 10.0        # seconds after which a temporary file that nobody has locked is a killed run's
+_held: dict[Path, int] = {}     # lock file -> its descriptor
 
 
 def write(path: str | Path, writer: Callable) -> Path:
@@ -35,8 +45,12 @@ def write(path: str | Path, writer: Callable) -> Path:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        _remove_abandoned(path)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp",
+                                         delete=False) as file:
             temporary = file.name
+            with suppress(OSError):     # some network file systems have no locks
+                _lock(file.fileno())
             writer(file)
             file.flush()
             os.fsync(file.fileno())
@@ -49,6 +63,58 @@ def write(path: str | Path, writer: Callable) -> Path:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
     return path
+
+
+def _remove_abandoned(path: Path) -> None:
+    """The temporary files that killed runs left of `path`."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with suppress(OSError), left.open("rb") as file:
+            if fcntl and time.time() - os.fstat(file.fileno()).st_mtime > ABANDONED:
+                _lock(file.fileno())    # fails where it is being written
+                left.unlink()
+
+
+def _lock(descriptor: int) -> None:
+    """Until the file is closed or the process ends, however it ends; BlockingIOError where another has it."""
+    if fcntl:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def lock(path: str | Path) -> None:
+    """Keep `path`, a file or a stem, to this run until `unlock`; UserError where another run has it."""
+    name = Path(path).with_name(f".{Path(path).name}.lock")
+    if name in _held or not fcntl or parallel.rank() > 0:       # rank 0 writes for all
+        return
+    try:
+        name.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            descriptor = os.open(name, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                _lock(descriptor)
+            except BlockingIOError:
+                owner = os.read(descriptor, 200).decode() or "another run"
+                os.close(descriptor)
+                raise UserError(f"{path} is being made by {owner}: wait until it has ended, or end it") from None
+            except OSError:     # some network file systems have no locks
+                break
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(name)):
+                    break
+            os.close(descriptor)    # its owner has just removed it
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    except OSError as error:
+        raise UserError(f"can't write {path}: {_first_line(error)}") from error
+    _held[name] = descriptor
+
+
+def unlock() -> None:
+    """Give back all that `lock` keeps."""
+    while _held:
+        name, descriptor = _held.popitem()
+        with suppress(OSError):
+            name.unlink()
+        os.close(descriptor)
 
 
 def check_writable(*paths: str | Path) -> None:

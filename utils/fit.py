@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from models import GMM, PCAMetric
+from utils.state import State
 
 BLOCK = 8192
 KMEANS_IMAGES = 20_000      # k-means is only a start: it sees at most this many images
@@ -22,6 +23,7 @@ class Fit:
     variances: Tensor           # [K]
     weights: Tensor             # [K]
     log_likelihoods: list[float]
+    centred: bool = False       # means are relative to the mean of z, as EM computes with them
 
 
 def kmeans_start(z: Tensor, K: int, seed: int, reg_covar: float) -> Fit:
@@ -40,20 +42,24 @@ def kmeans_start(z: Tensor, K: int, seed: int, reg_covar: float) -> Fit:
 
 
 def em(z: Tensor, start: Fit, reg_covar: float, update_weights: bool = False, tol: float = 1e-2,
-       max_iter: int = 100,
-       progress: Callable = lambda iteration, log_likelihood: None) -> Fit:
+       max_iter: int = 100, progress: Callable = lambda iteration, log_likelihood: None,
+       keep: Callable[[Fit], None] = lambda fit: None) -> Fit:
     """EM for spherical components on z [n, D], until the mean log-likelihood changes by less than tol.
 
     reg_covar is added to every variance at every step, as scikit-learn does: with 0 the log-likelihood never
     falls, with more it may.
     update_weights=False keeps the start's weights, as CCU does with 1/K.  progress(iteration, mean
-    log-likelihood of z) is called at every step.
+    log-likelihood of z) is called at every step, keep(fit) before it: started from this fit, EM goes on with the
+    same bits.
     """
     D = z.shape[1]
     origin = z.mean(0)      # distances from one matrix product would cancel far from the origin
     z, means, variances, weights = z - origin, start.means - origin, start.variances, start.weights
-    log_likelihoods: list[float] = []
-    for iteration in range(max_iter + 1):
+    if start.centred:
+        means = start.means
+    log_likelihoods = list(start.log_likelihoods)
+    for iteration in range(len(log_likelihoods), max_iter + 1):
+        keep(Fit(means, variances, weights, log_likelihoods, centred=True))
         log_norm = weights.log() - D / 2 * (2 * math.pi * variances).log()
 
         def e_step(d2, log_norm=log_norm, variances=variances):
@@ -96,13 +102,23 @@ def _m_step(z: Tensor, old_means: Tensor, e_step: Callable, reg_covar: float) ->
     return means.to(z.dtype), variances.to(z.dtype), (counts / n).to(z.dtype), log_likelihood.item() / n
 
 
-def fit_gmm(z: Tensor, metric: PCAMetric, K: int, reg_covar: float, seed: int, progress: Callable) -> tuple[GMM, Fit]:
+def fit_gmm(z: Tensor, metric: PCAMetric, K: int, reg_covar: float, seed: int, progress: Callable,
+            state: State | None = None) -> tuple[GMM, Fit]:
     """A mixture as CCU starts from it: weights 1/K, all variances the mean of the fitted ones.
 
-    z [n, D] are the images in `metric`'s coordinates.
+    z [n, D] are the images in `metric`'s coordinates.  EM goes on from `state`, and saves to it: first the start,
+    because k-means rounds differently from run to run on many threads.
     """
-    start = kmeans_start(z, K, seed, reg_covar)
+    def keep(fit: Fit):
+        if state is not None and (state.due() or not fit.log_likelihoods):
+            state.save(fit=vars(fit))
+
     uniform = torch.full((K,), 1 / K, dtype=z.dtype, device=z.device)
-    fit = em(z, Fit(start.means, start.variances, uniform, []), reg_covar, progress=progress)
+    if state is not None and (saved := state.load()) is not None:
+        start = Fit(**{key: value.to(z.device) if isinstance(value, Tensor) else value
+                       for key, value in saved["fit"].items()})
+    else:
+        start = replace(kmeans_start(z, K, seed, reg_covar), weights=uniform)
+    fit = em(z, start, reg_covar, progress=progress, keep=keep)
     shared = fit.variances.mean().log().expand(K).clone()
     return GMM(metric.inverse(fit.means), shared, uniform.log(), metric), fit

@@ -10,12 +10,11 @@ from tqdm import tqdm
 
 import params
 from models import CCU, Detector
-from utils import files, parallel
+from utils import parallel
 from utils.data import Augmentation, ImageSet, batches, endless
 from utils.errors import UserError
 from utils.objectives import Objective
-
-SAVE_EVERY = 30.0       # seconds between saved states, at ends of epochs
+from utils.state import State
 
 
 @dataclass
@@ -57,14 +56,14 @@ def lr_factor(schedule: str, progress: float) -> float:
 
 
 def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet | None,
-          augmentation: Augmentation | None, settings: Settings, state_path: Path, resume: bool, options: dict,
-          log_dir: Path, verbose: bool = False) -> list[dict]:
+          augmentation: Augmentation | None, settings: Settings, state: State, log_dir: Path,
+          verbose: bool = False) -> list[dict]:
     """Train `model` in place and return one dict of scalars an epoch.
 
-    The state (weights, optimiser, generators, position) is saved to state_path; with `resume` the run goes on
-    from there and ends in the same weights as one that was not interrupted.  `options` are compared, so that
-    a run is not continued with others.  verbose logs the scalars of every step to TensorBoard, which waits for
-    the device each time.
+    Weights, optimiser, generators and position are saved to `state` at intervals; a run that goes on from there ends
+    in the same weights as one that was not interrupted.  Within an epoch the batches up to the position are drawn
+    again, from the generators' states at its start.  verbose logs the scalars of every step to TensorBoard, which
+    waits for the device each time.
 
     Several processes (utils/parallel.py) draw the same batches, take their parts of each and make the same steps as
     one, up to rounding; rank 0 alone logs and saves.  Dropout (MCD, GAN's VGG13) is the exception: each process draws
@@ -79,21 +78,23 @@ def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet |
                   for i, name in enumerate(("in", "out", "noise"))}
     objective.constrain(model)
     history: list[dict] = []
-    if resume and state_path.exists():
-        history = _restore(state_path, model, objective, optimizer, generators, options)
-        print(f"resumed after epoch {len(history)}")
+    done, totals, seconds = 0, {}, 0.0      # of the epoch: steps, sums of scalars over images
+    if (saved := state.load()) is not None:
+        _restore(saved, state.path, model, objective, optimizer, generators)
+        history, done, seconds = saved["history"], saved["step"], saved["seconds"]
+        totals = {name: value.to(device) for name, value in saved["totals"].items()}
+        print(f"resumed after epoch {len(history)}, step {done}")
     steps = math.ceil(len(data) / settings.batch_size)
     out_batch = min(settings.batch_size, len(data)) * objective.out_batch_ratio
     main = parallel.rank() == 0
     writer = SummaryWriter(str(log_dir), purge_step=len(history)) if main else None
-    saved = time.monotonic()
     for epoch in range(len(history), settings.epochs):
-        start = time.monotonic()
+        start = time.monotonic() - seconds
         model.train()
         objective.start_epoch(epoch)
         if (size := parallel.world_size()) > 1:     # dropout differs from process to process; known when resumed
             torch.manual_seed((settings.seed * settings.epochs + epoch) * size + parallel.rank())
-        totals: dict[str, torch.Tensor] = {}
+        at_start = {name: generators[name].get_state() for name in ("in", "out")}
         outs = endless(out, out_batch, generators["out"], augmentation) if out is not None else None
         bar = tqdm(batches(data, settings.batch_size, generators["in"], augmentation), total=steps, leave=False,
                    desc=f"epoch {epoch + 1}/{settings.epochs}", disable=None)
@@ -102,6 +103,8 @@ def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet |
             for group, lr in zip(optimizer.param_groups, base_lrs, strict=True):
                 group["lr"] = lr * factor
             z = next(outs)[:len(x) * objective.out_batch_ratio] if outs is not None else None
+            if step < done:
+                continue
             loss, scalars = objective(model, x, y, z, generators["noise"])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -113,12 +116,16 @@ def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet |
                 totals[name] = totals.get(name, 0) + value * len(x)
                 if verbose and main:
                     writer.add_scalar(f"step/{name}", value.item(), epoch * steps + step + 1)
+            if main and step + 1 < steps and state.due():
+                if not _finite(model, totals):
+                    break
+                _save(state, model, objective, optimizer, generators, at_start, history=history, step=step + 1,
+                      totals=totals, seconds=time.monotonic() - start)
         means = {name: (value / len(data)).item() for name, value in totals.items()}
-        # the loss was taken before the last step: the weights are looked at too
-        if not (math.isfinite(means["loss"]) and all(v.isfinite().all() for v in model.state_dict().values())):
+        if not _finite(model, totals):
             if main:
                 writer.close()
-            kept = f"; the state after epoch {_epochs_in(state_path)} is kept" if state_path.exists() else ""
+            kept = f"; the state {state.path} is kept" if state.path.exists() else ""
             raise UserError(f"the loss is not finite in epoch {epoch + 1}{kept}: try a smaller --lr or --lr_gmm")
         means["seconds"] = time.monotonic() - start
         history.append(means)
@@ -126,36 +133,32 @@ def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet |
             writer.add_scalar(name, value, epoch + 1)
         print(f"epoch {epoch + 1}/{settings.epochs}  " + "  ".join(
             f"{name} {value:.4g}" for name, value in sorted(means.items())), flush=True)
-        if main and (time.monotonic() - saved > SAVE_EVERY or epoch + 1 == settings.epochs):
-            _save(state_path, model, objective, optimizer, generators, history, options)
-            saved = time.monotonic()
+        done, totals, seconds = 0, {}, 0.0
+        if main and (state.due() or epoch + 1 == settings.epochs):
+            _save(state, model, objective, optimizer, generators, {}, history=history, step=done, totals=totals,
+                  seconds=seconds)
     if main:
         writer.close()
     return history
 
 
-def _save(path, model, objective, optimizer, generators, history, options):
+def _finite(model, totals) -> bool:
+    """The weights too: the last loss was taken before the last step."""
+    return bool(totals["loss"].isfinite()) and all(v.isfinite().all() for v in model.state_dict().values())
+
+
+def _save(state, model, objective, optimizer, generators, at_start, **position):
+    """at_start: the states of those generators whose draws a resumed epoch repeats."""
     device = generators["in"].device
-    files.save({"format": "CCU training state, version 1", "options": options, "history": history,
-                "model": model.state_dict(), "objective": objective.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "device": device.type,
-                "generators": {name: g.get_state() for name, g in generators.items()},
-                # dropout draws from the device's own generator
-                "global_rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}, path)
+    state.save(model=model.state_dict(), objective=objective.state_dict(), optimizer=optimizer.state_dict(),
+               device=device.type,
+               generators={name: g.get_state() for name, g in generators.items()} | at_start,
+               # dropout draws from the device's own generator
+               global_rng=torch.get_rng_state(),
+               cuda_rng=torch.cuda.get_rng_state(device) if device.type == "cuda" else None, **position)
 
 
-def _epochs_in(path) -> int:
-    return len(files.load(path)["history"])
-
-
-def _restore(path, model, objective, optimizer, generators, options) -> list[dict]:
-    state = files.load(path, "CCU training state, version 1", "start without --resume")
-    if changed := [key for key in options if options[key] != state["options"].get(key)]:
-        key = changed[0]
-        raise UserError(f"{path} was made with --{key} {state['options'].get(key)}, not {options[key]}: use the same "
-                        "options, or start without --resume")
+def _restore(state, path, model, objective, optimizer, generators) -> None:
     if state["device"] != (here := generators["in"].device.type):
         raise UserError(f"{path} was made on a {state['device']} device, this is {here}, which draws other random "
                         "numbers: use the same --gpu, or start without --resume")
@@ -167,4 +170,3 @@ def _restore(path, model, objective, optimizer, generators, options) -> list[dic
     torch.set_rng_state(state["global_rng"])
     if state["cuda_rng"] is not None:
         torch.cuda.set_rng_state(state["cuda_rng"], generators["in"].device)
-    return state["history"]
