@@ -92,6 +92,10 @@ def interleaved(functions: dict, repeats: int, device: torch.device) -> dict[str
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def repeats(arch: str, device: torch.device, quick: bool) -> int:
+    return 2 if quick else 3 if arch == "ResNet18" and device.type == "cpu" else 7
+
+
 def synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -179,8 +183,8 @@ def steps(report: Report, device: torch.device, quick: bool) -> None:
     for arch in NETWORKS:
         for amp in (False, True):
             kinds = {kind: make_step(kind, arch, amp, device) for kind in ("ceda", "ccu")}
-            repeats = 3 if quick else {"LeNet": 41, "ResNet18": 7}[arch] if device.type == "cpu" else 100
-            took = interleaved(kinds, repeats, device)
+            often = 3 if quick else {"LeNet": 41, "ResNet18": 7}[arch] if device.type == "cpu" else 100
+            took = interleaved(kinds, often, device)
             most = 1.10 if device.type == "cuda" else 1.05 if arch == "ResNet18" else 1.35 if amp else 1.10
             report.add(f"ccu_step / ceda_step, {arch}{', bf16' * amp}", 1e3 * took["ccu"], "ms", 1e3 * took["ceda"],
                        took["ccu"] / took["ceda"], most)
@@ -306,7 +310,7 @@ def attacks(report: Report, device: torch.device, quick: bool) -> None:
             took = interleaved({"one": partial(climb, model, region, 1),
                                 "more": partial(climb, model, region, 1 + count),
                                 "passes": partial(score_and_gradient, model.attack_score, x)},
-                               2 if quick else 7, device)
+                               repeats(arch, device, quick), device)
             step = (took["more"] - took["one"]) / count
             report.add(f"attack_step / passes, {arch}, {label}", 1e3 * step, "ms", 1e3 * took["passes"],
                        step / took["passes"], most=1.15, batch=n)
@@ -438,7 +442,7 @@ def evaluation(report: Report, device: torch.device, quick: bool) -> None:
         data = ImageSet("test", torch.randint(0, 256, (n, channels, size, size), dtype=torch.uint8), None, 0).to(device)
         models = {"ccu": ccu, "network": Softmax(ccu.base_model)}
         took = interleaved({name: partial(evaluate, model, data, 1000) for name, model in models.items()},
-                           2 if quick else 7, device)
+                           repeats(arch, device, quick), device)
         report.add(f"eval, {arch}", n / took["ccu"], "images/s", n / took["network"], took["ccu"] / took["network"],
                    most=1.1)
 
