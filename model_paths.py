@@ -7,7 +7,7 @@ A model that was trained elsewhere takes part in the tables as checkpoints/<data
 from pathlib import Path
 
 CHECKPOINTS, RESULTS, LOGS = Path("checkpoints"), Path("results"), Path("logs")
-BACKUP = RESULTS / "backup"
+BACKUP, FIGURES = RESULTS / "backup", RESULTS / "figures"
 
 # label in the tables, in their order -> how run_training.py makes it
 LABELS = {
@@ -73,3 +73,8 @@ def attack_units(dataset: str, label: str, digest: str) -> Path:
 def name_of(stem) -> str:
     """The name under which a table's backup is kept."""
     return Path(stem).name
+
+
+def figure(notebook: str, *datasets: str) -> Path:
+    """What a notebook draws, without .png or .pdf."""
+    return FIGURES / "_".join((notebook, *datasets))
