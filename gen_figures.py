@@ -41,7 +41,6 @@ def draw(name: str, **values) -> bool:
 def run(name: str, values: dict) -> str:
     """What a notebook prints when it runs here with the `values` of its first cell replaced."""
     import nbformat
-    from jupyter_client import AsyncKernelManager
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
@@ -49,8 +48,8 @@ def run(name: str, values: dict) -> str:
     lines = "\n".join(f"{variable} = {value!r}" for variable, value in values.items())
     notebook.cells.insert(first + 1, nbformat.v4.new_code_cell(lines))
     path = os.pathsep.join(filter(None, (str(NOTEBOOKS.parent.resolve()), os.environ.get("PYTHONPATH"))))
-    kernel = AsyncKernelManager(transport="ipc")        # no port that others on this machine could read
-    client = NotebookClient(notebook, kernel, timeout=None, resources={"metadata": {"path": Path.cwd()}})
+    client = NotebookClient(notebook, timeout=None, resources={"metadata": {"path": Path.cwd()}},
+                            extra_arguments=["--log-level=ERROR"])
     try:
         client.execute(env=os.environ | {"PYTHONPATH": path})
     except CellExecutionError as error:

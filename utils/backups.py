@@ -45,10 +45,9 @@ def caption(backup: dict) -> str:
     """What a reader of a figure has to know of the run: data set, command, and how each model was made."""
     made: dict[str, list[str]] = {}
     for label, meta in backup["meta"].items():
-        how = [f"{meta['epochs']} epochs" * (meta.get("epochs") is not None),
-               f"out-distribution {meta.get('out_dataset')}" * (meta.get("out_dataset") is not None),
-               f"from {meta.get('source')}" * (meta.get("source") is not None)]
-        made.setdefault(", ".join(filter(None, how)) or "imported", []).append(label)
+        parts = {"epochs": "{} epochs", "out_dataset": "out-distribution {}", "source": "{}"}
+        how = [text.format(meta[key]) for key, text in parts.items() if meta.get(key) is not None]
+        made.setdefault(", ".join(how) or "of unknown origin", []).append(label)
     models_made = "; ".join(f"{', '.join(labels)}: {how}" for how, labels in made.items())
     return f"**{backup['dataset']}**. {models_made}. `{backup['record']['command']}`"
 
