@@ -47,7 +47,7 @@ def train(train_type: str, x: Tensor, y: Tensor, epochs: int, seed: int = 0) -> 
 
 
 @torch.no_grad()
-def on_grid(model: Detector, n: int = 300) -> tuple[Tensor, Tensor]:
+def on_grid(model: Detector, n: int = 151) -> tuple[Tensor, Tensor]:
     """Confidence and margin [n, n] on the unit square; entry [i, j] is at x = (j, i) / (n - 1).
 
     The margin is log p(1|x,i) - log p(0|x,i): p(y|x) has the same decision boundary, but far from the data CCU's
