@@ -85,6 +85,8 @@ def test_worst_cases_show_the_samples_and_what_is_said_of_them():
         assert row[1].get_xlabel() == (f"class {i}\n{100 * base['seed_score'][i].exp():.1f} → "
                                        f"{100 * base['score'][i].exp():.1f} %")
         assert row[2].get_xlabel() == f"class {i}\nscore {mcd['seed_score'][i]:.3g} → {mcd['score'][i]:.3g}"
+    with pytest.raises(UserError, match="no seed 5: this attack has the seeds 0 to 4"):
+        plotting.worst_cases(backup, [0, 5], ["Base"])
     colour = attack_backup(1, ("Base",)) | {"seeds": torch.rand(1, 3, 4, 4)}
     colour["models"]["Base"]["samples"] = torch.rand(1, 3, 4, 4)
     ax = drawn(plotting.worst_cases(colour, [0], ["Base"]))[1]
@@ -168,7 +170,7 @@ def test_the_newest_backup_of_the_data_set_is_taken(tmp_path, monkeypatch):
         backups.load("MNIST", backups.SCORES)
     for age, (name, backup) in enumerate({
             "old_Digits": attack_backup(4), "new_Digits": attack_backup(6), "x_Digits_MNIST": attack_backup(2) | {
-                "dataset": "MNIST"}, "table2_Digits": {"format": backups.SCORES, "dataset": "Digits"}}.items()):
+                "dataset": "MNIST"}, "mine": {"format": backups.SCORES, "dataset": "Digits"}}.items()):
         path = files.save(backup, model_paths.BACKUP / f"{name}.pt")
         os.utime(path, (1000 + age, 1000 + age))
     assert len(backups.load("Digits", backups.ATTACK)["radii"]) == 6
@@ -177,7 +179,7 @@ def test_the_newest_backup_of_the_data_set_is_taken(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="is of Digits, not of MNIST"):
         backups.load("MNIST", backups.ATTACK, "results/backup/old_Digits.pt")
     with pytest.raises(UserError, match="format"):
-        backups.load("Digits", backups.ATTACK, "results/backup/table2_Digits.pt")
+        backups.load("Digits", backups.ATTACK, "results/backup/mine.pt")
     with pytest.raises(UserError, match="nothing.pt; make one: python gen_attack_stats.py"):
         backups.load("Digits", backups.ATTACK, "nothing.pt")
 

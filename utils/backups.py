@@ -26,10 +26,9 @@ def load(dataset: str, format: str, file: str | Path | None = None) -> dict:
         return backup
     newest_first = sorted(model_paths.BACKUP.glob("*.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in newest_first:
-        if dataset in path.stem:
-            backup = files.load(path)
-            if isinstance(backup, dict) and (backup.get("format"), backup.get("dataset")) == (format, dataset):
-                return backup
+        backup = files.load(path)
+        if isinstance(backup, dict) and (backup.get("format"), backup.get("dataset")) == (format, dataset):
+            return backup
     demo = ", or: make demo" * (dataset == "Digits")
     raise UserError(f"{model_paths.BACKUP} holds no {KIND[format]} {dataset} yet; run: {mend}{demo}")
 

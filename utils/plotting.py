@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from utils import files
+from utils.errors import UserError
 from utils.walk import Walk
 
 BLACK, ORANGE, BLUE, GREEN, VERMILION, SKY, PURPLE, GREY = (
@@ -82,6 +83,9 @@ def worst_cases(backup: dict, rows: Sequence[int], is_confidence: Sequence[str])
     Above the seed its radius; below an image its predicted class, and the score on the seed -> on the image: the
     confidence of the methods of `is_confidence`.
     """
+    n = len(backup["seeds"])
+    if missing := [row for row in rows if not 0 <= row < n]:
+        raise UserError(f"there is no seed {missing[0]}: this attack has the seeds 0 to {n - 1}")
     columns = ["seed", *backup["models"]]
     fig = Figure(figsize=(0.98 * len(columns) + 0.1, 1.34 * len(rows) + 0.22), layout="compressed")
     grid = fig.subplots(len(rows), len(columns), squeeze=False)
