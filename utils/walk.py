@@ -14,14 +14,13 @@ METHODS = ("paper", "tight")
 
 @dataclass
 class Walk:
-    """n points on the way; all but images and classes are float64, distances and radii in units of the metric."""
+    """n points on the way; all but the images are float64, distances and radii in units of the metric."""
 
     images: Tensor                  # [n, C, H, W]
     distance: Tensor                # [n] to the image where it begins
     confidence: dict[str, Tensor]   # label -> [n]
     bound: dict[str, Tensor]        # method -> [n]: certified on the ball around the noise that reaches so far
     radius: dict[str, Tensor]       # method -> [n]: certified around each point at params.RATIO
-    classes: int
 
 
 @torch.no_grad()
@@ -40,4 +39,4 @@ def walk(models: dict[str, Detector], label: str, image: Tensor, noise: Tensor, 
     return Walk(images, (z - z[0]).norm(dim=1),
                 {name: model(images).amax(1).double().exp() for name, model in models.items()},
                 {method: confidence_bound(ccu, around, to_noise, method) for method in METHODS},
-                {method: certified_radius(ccu, images, params.RATIO, method) for method in METHODS}, ccu.classes)
+                {method: certified_radius(ccu, images, params.RATIO, method) for method in METHODS})
