@@ -1,12 +1,14 @@
 # make demo     fit, train, evaluate and attack on scikit-learn's digits: both tables in a few minutes
 # make tables DATASET=D [EPOCHS=100] [OUT_DATASET=..] [OUT_DIR=..] [DATA_DIR=..] [GPUS="0 1"] [LABELS="Base CCU"]
 #               train whatever is missing, write both tables; -j 4 runs what does not depend on each other side by side
+# make figures [DATASET=D]
+#               draw what can be drawn of the models and tables that are there: results/figures/
 # make test     the tests           make check   lint, tests and a short demo, as CI runs them
 PYTHON ?= python3
 PY := $(abspath .venv/bin/python)
 INSTALLED := .venv/.installed
 
-.PHONY: demo tables test lint check
+.PHONY: demo tables figures test lint check
 .SECONDARY:     # a trained model is never removed as intermediate
 
 $(INSTALLED): requirements.txt
@@ -77,6 +79,9 @@ $(MODELS)/ODIN.pt $(MODELS)/Maha.pt: $(MODELS)/Base.pt
 $(MIXTURES): | $(INSTALLED)
 	$(PY) gen_gmm.py --dataset $(DATASET) --PCA 1 --augm_flag 1 $(DATA) $(OUT) $(call gpu,CCU) --resume 1
 	touch $@
+
+figures: $(INSTALLED)
+	$(PY) gen_figures.py --datasets $(DATASET) $(DATA)
 
 # --- checks ------------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ A model that was trained elsewhere takes part in the tables as checkpoints/<data
 from pathlib import Path
 
 CHECKPOINTS, RESULTS, LOGS = Path("checkpoints"), Path("results"), Path("logs")
-BACKUP = RESULTS / "backup"
+BACKUP, FIGURES = RESULTS / "backup", RESULTS / "figures"
 
 # label in the tables, in their order -> how run_training.py makes it
 LABELS = {
@@ -79,3 +79,8 @@ def attack_units(dataset: str, label: str, digest: str) -> Path:
 def backup(stem: str | Path, dataset: str | None = None) -> Path:
     """Where the data behind the table `stem` are kept: in the folder backup beside it."""
     return Path(stem).parent / "backup" / (Path(stem).name + (f"_{dataset}" if dataset else "") + ".pt")
+
+
+def figure(notebook: str, *datasets: str) -> Path:
+    """What a notebook draws, without .png or .pdf."""
+    return FIGURES / "_".join((notebook, *datasets))

@@ -34,6 +34,20 @@ class Method:
     weight_decay: float | None = None
 
 
+@dataclass(frozen=True)
+class TwoMoons:
+    """Figure 1                                                                                 [code: its notebook]"""
+
+    points: int = 1000
+    noise: float = 0.15
+    centroids: int = 50
+    batch_size: int = 50
+    lr: float = 0.1
+    lr_gmm: float = 1e-3
+
+
+TWO_MOONS = TwoMoons()
+
 _GREY = dict(channels=1, size=28, classes=10, crop=2, pad_mode="constant", flip=False)
 _LENET = dict(arch="LeNet", arch_dropout="LeNetDropout", arch_gan="LeNet", optimizer="adam")
 _COLOUR = dict(channels=3, size=32)

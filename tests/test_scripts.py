@@ -16,7 +16,8 @@ from utils import files, load_model
 from utils.data import load_in_dist, load_ood
 
 REPOSITORY = Path(__file__).parent.parent
-SCRIPTS = ["gen_gmm.py", "run_training.py", "gen_eval.py", "gen_attack_stats.py", "load_pretrained.py"]
+SCRIPTS = ["gen_gmm.py", "run_training.py", "gen_eval.py", "gen_attack_stats.py", "gen_figures.py",
+           "load_pretrained.py"]
 
 
 @pytest.fixture

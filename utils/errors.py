@@ -10,6 +10,10 @@ class UserError(Exception):
     `utils.cli.run` prints it to stderr and exits with code 2.
     """
 
+    def _render_traceback_(self) -> list[str]:
+        """What Jupyter shows: the line."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class MissingData(UserError):
     """A data set is not on the machine; the line says how to get it."""

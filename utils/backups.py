@@ -1,0 +1,72 @@
+"""What the figures are made of: the files that the tables leave in results/backup (README: Backups)."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import model_paths
+import models
+from utils import files
+from utils.errors import UserError
+
+ATTACK, SCORES = "CCU attack, version 1", "CCU scores, version 1"        # of gen_attack_stats.py, of gen_eval.py
+KIND = {ATTACK: "attack on", SCORES: "scores for"}
+MEND = {ATTACK: "python gen_attack_stats.py --datasets {} --wide_format 1 --fit_out 1",
+        SCORES: "python gen_eval.py --dataset {}"}
+
+
+def load(dataset: str, format: str, file: str | Path | None = None) -> dict:
+    """The backup `file`, or the newest of this data set and format."""
+    mend = MEND[format].format(dataset)
+    if file is not None:
+        backup = files.load(file, format, f"make one: {mend}")
+        if backup["dataset"] != dataset:
+            raise UserError(f"{file} is of {backup['dataset']}, not of {dataset}")
+        return backup
+    newest_first = sorted(model_paths.BACKUP.glob("*.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in newest_first:
+        backup = files.load(path)
+        if isinstance(backup, dict) and (backup.get("format"), backup.get("dataset")) == (format, dataset):
+            return backup
+    demo = ", or: make demo" * (dataset == "Digits")
+    raise UserError(f"{model_paths.BACKUP} holds no {KIND[format]} {dataset} yet; run: {mend}{demo}")
+
+
+def with_confidence(backup: dict) -> list[str]:
+    """Labels of the models whose score is a log-confidence."""
+    def of(meta):       # a train type is also its model's name in models/, where it has one of its own
+        return getattr(getattr(models, str(meta.get("train_type")), None), "score_is_confidence", True)
+    return [label for label, meta in backup["meta"].items() if of(meta)]
+
+
+def caption(backup: dict) -> str:
+    """What a reader of a figure has to know of the run: data set, command, and how each model was made."""
+    made: dict[str, list[str]] = {}
+    for label, meta in backup["meta"].items():
+        parts = {"epochs": "{} epochs", "out_dataset": "out-distribution {}", "source": "{}"}
+        how = [text.format(meta[key]) for key, text in parts.items() if meta.get(key) is not None]
+        made.setdefault(", ".join(how) or "of unknown origin", []).append(label)
+    models_made = "; ".join(f"{', '.join(labels)}: {how}" for how, labels in made.items())
+    return f"**{backup['dataset']}**. {models_made}. `{backup['record']['command']}`"
+
+
+def confidences(attack: dict, scores: dict) -> dict[str, dict[str, Tensor]]:
+    """label -> set -> confidences [N], test set first and adversarial noise last, of the models in both backups."""
+    sets: dict[str, dict[str, Tensor]] = {}
+    for label in with_confidence(attack):
+        if f"{label}/orig" not in scores["scores"]:
+            continue
+        mine = {key.removeprefix(f"{label}/"): value for key, value in scores["scores"].items()
+                if key.startswith(f"{label}/")}
+        if not same_scores(mine["orig"], attack["scores_in"][label]):
+            dataset = attack["dataset"]
+            raise UserError(f"the two backups are of different models {label}; make both again: "
+                            f"{MEND[ATTACK].format(dataset)}; {MEND[SCORES].format(dataset)}")
+        sets[label] = {f"{attack['dataset']} (test)": mine.pop("orig"), **mine,
+                       "adversarial noise": attack["models"][label]["score"]}
+    return {label: {name: score.double().exp() for name, score in of.items()} for label, of in sets.items()}
+
+
+def same_scores(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, atol=1e-3)
