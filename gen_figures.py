@@ -25,7 +25,7 @@ def main(args):
         draw("Figure3_Histograms", dataset=" ".join(drawn))
     for d in args.datasets:
         draw("Confidences", dataset=d)
-        draw("Certificate", dataset=d, data_dir=args.data_dir)
+        draw("Certificate", dataset=d, data_dir=args.data_dir, image_size=args.image_size)
 
 
 def draw(name: str, **values) -> bool:
@@ -64,7 +64,7 @@ def parser() -> cli.Parser:
     p = cli.Parser(__doc__)
     p.add_argument("--datasets", nargs="+", required=True, choices=list(params.DATASETS), metavar="D",
                    help="in-distributions: " + ", ".join(params.DATASETS))
-    p.add_argument("--data_dir", default="data", help="where the data sets are (data)")
+    p.image_size().add_argument("--data_dir", default="data", help="where the data sets are (data)")
     p.add_argument("--debug", type=cli.flag, default=False, help="1 = show the traceback of an error (0)")
     return p
 

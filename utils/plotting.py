@@ -5,6 +5,7 @@ their lightness, so that a grey print can be read.
 """
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -195,6 +196,6 @@ def certificate(way: Walk, label: str, shown: int = 7) -> Figure:
     for ax, i in zip(bottom.subplots(1, shown), chosen, strict=True):
         text = [f"{name} {100 * confidence[i]:.1f}" for name, confidence in way.confidence.items()]
         best = min(bound[i].item() for bound in way.bound.values())
-        image(ax, way.images[i], "\n".join([*text, f"certified {100 * best:.1f}"]))
+        image(ax, way.images[i], "\n".join([*text, f"certified {math.ceil(1e4 * best) / 100:.2f}"]))
         ax.set_title(f"$d$ = {d[i]:.1f}", fontsize=9, pad=3)
     return fig
