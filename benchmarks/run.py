@@ -18,6 +18,7 @@ import os
 import platform
 import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -472,7 +473,29 @@ def epochs(report: Report, device: torch.device, quick: bool) -> None:
         report.add(f"epoch, ResNet18, {label}, bf16, {n} images", seconds, "s", hours_to_100_epochs=seconds / 36)
 
 
-SECTIONS = ("steps", "loader", "attacks", "certificates", "gmm_fits", "evaluation", "epochs")
+def processes(report: Report, device: torch.device, quick: bool) -> None:
+    """An epoch of CCU on Digits in one process and in two: GPUs, or one thread of the CPU each."""
+    if device.type == "cuda" and torch.cuda.device_count() < 2:
+        print("processes: two GPUs are needed", file=sys.stderr)
+        return
+    root, on = Path(__file__).parent.parent, "cpu" if device.type == "cpu" else "gpu"
+    common = ["--dataset", "Digits", "--n", "10", *["--gpu", "-1"] * (on == "cpu")]
+    with tempfile.TemporaryDirectory() as scratch:
+        def script(command):
+            subprocess.run(command, cwd=scratch, check=True, stdout=subprocess.DEVNULL,
+                           env=os.environ | {"OMP_NUM_THREADS": "1"})
+        script([sys.executable, root / "gen_gmm.py", *common])
+        seconds = []
+        for n in (1, 2):
+            script([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "--",
+                    root / "run_training.py", *common, "--train_type", "CEDA_GMM", "--fit_out", "1", "--augm_flag", "1",
+                    "--epochs", "2" if quick else "6"])
+            history = json.loads(Path(scratch, "checkpoints/Digits/CCU.json").read_text())["history"]
+            seconds.append(statistics.median(epoch["seconds"] for epoch in history[1:]))
+    report.add("epoch of CCU on Digits, two processes", seconds[1], "s", seconds[0], seconds[0] / seconds[1], on=on)
+
+
+SECTIONS = ("steps", "loader", "attacks", "certificates", "gmm_fits", "evaluation", "epochs", "processes")
 
 
 def main(args):
