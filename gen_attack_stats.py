@@ -33,7 +33,7 @@ from utils.attack import attack
 from utils.data import KNOWN_OOD, load_in_dist, load_ood
 from utils.errors import UserError
 from utils.out_data import load_out, resolve
-from utils.registry import load_models, name_untrained
+from utils.registry import check_fit, load_models, name_untrained
 from utils.state import State
 
 BALLS = {True: "CCU", False: "CCUs"}        # --fit_out: whose certificate gives the radii
@@ -48,7 +48,7 @@ def main(args):
     stem = Path(args.output or model_paths.RESULTS / f"table1_{'_'.join(args.datasets)}_"
                                                      f"{time.strftime('%Y%m%d-%H%M%S')}")
     backups = {dataset: model_paths.backup(stem, dataset) for dataset in args.datasets}
-    files.check_writable(stem, f"{stem}.csv", *backups.values())
+    files.check_writable(stem, f"{stem}.csv", *backups.values(), model_paths.BACKUP / ".attack")
     jobs = {dataset: prepare(dataset, args, device) for dataset in args.datasets}      # all checks before any work
     files.lock(stem)
     rows, notes, written, finished = {}, [f"command: {files.run_record(args)['command']}"], [], []
@@ -116,12 +116,13 @@ def describe_balls(args, radii) -> str:
 def prepare(dataset: str, args, device):
     """Models, metric, test images, seeds [N, C, H, W] and certified radii [N] of one data set."""
     ball = BALLS[args.fit_out]
-    test = load_in_dist(dataset, "test", args.data_dir, args.download, args.image_size)
-    ccu = load_models(test, [ball], device)[ball]
+    ccu = load_models(dataset, [ball], device)[ball]
     if not isinstance(ccu, CCU):
         raise UserError(f"{model_paths.model(dataset, ball)} is no CCU model and certifies nothing; make one: "
                         f"{model_paths.command(dataset, ball)}")
-    metric, models = ccu.gmm_in.metric, load_models(test, args.models, device)
+    metric, models = ccu.gmm_in.metric, load_models(dataset, args.models, device)
+    test = load_in_dist(dataset, "test", args.data_dir, args.download, args.image_size)
+    check_fit(models | {ball: ccu}, test)
     for label, model in models.items():
         if args.certify and isinstance(model, CCU) and not same_metric(model.gmm_in.metric, metric):
             raise UserError(f"--certify 1: the metrics of {label} and {ball} differ; leave {label} out of --models")

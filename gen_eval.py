@@ -20,7 +20,7 @@ from utils import cli, evaluation, files, tables
 from utils.data import load_in_dist, load_ood, load_ood_folder
 from utils.errors import MissingData, UserError
 from utils.out_data import FIXED, load_out
-from utils.registry import load_models, name_untrained
+from utils.registry import check_fit, load_models, name_untrained
 
 
 def main(args):
@@ -32,8 +32,9 @@ def main(args):
     stem = Path(args.output or model_paths.RESULTS / f"table2_{args.dataset}_{time.strftime('%Y%m%d-%H%M%S')}")
     backup = model_paths.backup(stem)
     files.check_writable(stem, f"{stem}.csv", f"{stem}_fpr95.csv", backup)
+    models = load_models(args.dataset, args.models, device)
     test = load_in_dist(args.dataset, "test", args.data_dir, args.download, args.image_size)
-    models = load_models(test, args.models, device)
+    check_fit(models, test)
     sets = ood_sets(args, folders, test)
     warn_overlap(models, sets, test, args)
     files.lock(stem)

@@ -27,7 +27,7 @@ from utils.data import Augmentation, load_in_dist
 from utils.errors import UserError
 from utils.evaluation import evaluate, test_error, warn_near_chance
 from utils.out_data import load_out, resolve
-from utils.registry import load_models
+from utils.registry import check_fit, load_models
 from utils.state import State
 from utils.training import Settings, train
 
@@ -45,10 +45,14 @@ def main(args):
     files.check_writable(path, model_paths.log_dir(args.dataset, label, "") / "events")
 
     # what has to be there already comes first
+    base = load_models(args.dataset, ["Base"], device)["Base"] if args.warmstart or calibrated else None
+    mixtures = load_mixtures(args, out_name) if args.use_gmm else None
     data, test = (load_in_dist(args.dataset, split, args.data_dir, args.download, args.image_size).to(device)
                   for split in ("train", "test"))
-    base = load_models(test, ["Base"], device)["Base"] if args.warmstart or calibrated else None
-    mixtures = load_mixtures(args, out_name, data) if args.use_gmm else None
+    check_fit({"Base": base} if base else {}, test)
+    if mixtures and (pixels := data.images[0].numel()) != mixtures[0].metric.dim:
+        raise UserError(f"the mixtures were fitted on images of {mixtures[0].metric.dim} values, {args.dataset}'s have "
+                        f"{pixels}: run gen_gmm.py again, with the same --image_size")
     out = (load_out(out_name, data, args.data_dir, args.out_dir, seed=args.seed, download=args.download,
                     n=params.CALIBRATION_IMAGES if calibrated else None) if out_name else None)
     files.lock(path)
@@ -141,7 +145,7 @@ def check(args) -> None:
     args.members = first(args.members, params.MEMBERS)
 
 
-def load_mixtures(args, out_name, data):
+def load_mixtures(args, out_name):
     """gmm_in, gmm_out and how they were fitted."""
     name = cli.metric_name(args)
     path = args.gmm_path or model_paths.mixtures(args.dataset, name, args.n, out_name)
@@ -153,10 +157,8 @@ def load_mixtures(args, out_name, data):
         if meta.get(key) != wanted:
             raise UserError(f"{path} was fitted with {key} {meta.get(key)}, not {wanted}: run gen_gmm.py with the same "
                             "options, or change them here")
-    for gmm in (gmm_in, gmm_out):
-        if gmm.mu.shape != (wanted := (args.n, data.images[0].numel())):
-            raise UserError(f"{path} has centroids of shape {list(gmm.mu.shape)}, not {list(wanted)}: it is "
-                            "damaged, or of images of another size; run gen_gmm.py again, with the same --image_size")
+    if gmm_in.components != args.n or gmm_out.components != args.n:
+        raise UserError(f"{path} is damaged: it does not hold {args.n} centroids; run gen_gmm.py again")
     return gmm_in, gmm_out, meta
 
 

@@ -54,8 +54,8 @@ def plain(objective, region: Region, steps: int, eta: float) -> None:
 def main(args):
     device = cli.device(args.gpu)
     test = load_in_dist(args.dataset, "test", args.data_dir, args.download, args.image_size)
-    models = load_models(test, args.models, device)
-    ccu = load_models(test, ["CCU"], device)["CCU"]
+    models = load_models(args.dataset, args.models, device)
+    ccu = load_models(args.dataset, ["CCU"], device)["CCU"]
     seeds = torch.rand(args.n, *test.images.shape[1:], generator=torch.Generator().manual_seed(args.seed)).to(device)
     radii = certified_radius(ccu, seeds, method="paper")
     steps = max(CHECKPOINTS)

@@ -109,4 +109,4 @@ def test_few_images_for_the_metric_are_pointed_out(tmp_path, monkeypatch, capsys
     write_images(tmp_path / "images" / "train", 8, COLOURS, 0)
     write_images(tmp_path / "images" / "test", 2, COLOURS, 1)
     run_script(f"gen_gmm.py {DATA} --PCA 1 --n 2")
-    assert "24 images span no more than 23 directions" in capsys.readouterr().out
+    assert "24 images span no more than 23 directions" in capsys.readouterr().err

@@ -177,7 +177,7 @@ def test_two_processes_make_the_same_table_1(work):
     assert done.stdout.count("wrote two.csv") == 1
     run_script("gen_attack_stats.py " + options + "one")
     assert Path("two.csv").read_bytes() == Path("one.csv").read_bytes()
-    one, two = (files.load(f"results/backup/{name}_Digits.pt")["models"] for name in ("one", "two"))
+    one, two = (files.load(f"backup/{name}_Digits.pt")["models"] for name in ("one", "two"))
     assert all(torch.equal(one[label][key], two[label][key]) for label in one for key in one[label])
     assert not list(gen_attack_stats.model_paths.BACKUP.glob(".attack_*"))
 

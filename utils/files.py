@@ -36,7 +36,7 @@ MODEL, MIXTURES = "CCU model, version 1", "CCU mixtures, version 1"
 LARGEST = 4 * 2 ** 30
 LARGEST_SIZE = 1024     # pixels, height and width of a model's images
 ABANDONED = 10.0        # seconds after which a temporary file that nobody has locked is a killed run's
-_held: dict[Path, int] = {}     # lock file -> its descriptor
+_held: dict[Path, tuple[int, list[Path]]] = {}     # lock file -> its descriptor, folders made for it
 
 
 def write(path: str | Path, writer: Callable) -> Path:
@@ -85,6 +85,7 @@ def lock(path: str | Path) -> None:
     name = Path(path).with_name(f".{Path(path).name}.lock")
     if name in _held or not fcntl or parallel.rank() > 0:       # rank 0 writes for all
         return
+    made = [folder for folder in name.parents if not folder.exists()]
     try:
         name.parent.mkdir(parents=True, exist_ok=True)
         while True:
@@ -105,15 +106,17 @@ def lock(path: str | Path) -> None:
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
     except OSError as error:
         raise UserError(f"can't write {path}: {_first_line(error)}") from error
-    _held[name] = descriptor
+    _held[name] = descriptor, made
 
 
 def unlock() -> None:
-    """Give back all that `lock` keeps."""
+    """Give back all that `lock` keeps; folders that were made for it go where nothing was written to them."""
     while _held:
-        name, descriptor = _held.popitem()
+        name, (descriptor, made) = _held.popitem()
         with suppress(OSError):
             name.unlink()
+            for folder in made:
+                folder.rmdir()
         os.close(descriptor)
 
 

@@ -11,14 +11,11 @@ from utils.data import ImageSet
 from utils.errors import UserError, check_name
 
 
-def load_models(data: ImageSet, labels: list[str] | None, device: torch.device) -> dict[str, Detector]:
-    """label -> model of `data`'s data set in evaluation mode, in the tables' order.
+def load_models(dataset: str, labels: list[str] | None, device: torch.device) -> dict[str, Detector]:
+    """label -> model in evaluation mode, in the tables' order.
 
-    Without `labels` all that exist.  A label asked for that does not exist is an error, and so is a model for images
-    of another shape or, of a Folder, for other classes.
+    Without `labels` all that exist.  A label asked for that does not exist is an error.
     """
-    dataset = data.name
-    shape = dict(zip(("channels", "size", "classes"), (*data.images.shape[1:3], data.classes), strict=True))
     found = model_paths.trained(dataset)
     if not found and not labels:
         raise UserError(f"no {dataset} model is trained yet; begin with {model_paths.command(dataset, 'Base')}")
@@ -31,18 +28,25 @@ def load_models(data: ImageSet, labels: list[str] | None, device: torch.device) 
     # channels_last: a LeNet's passes take a quarter less time on a CPU
     models = {label: files.load_model(found[label], device).to(memory_format=torch.channels_last) for label in labels}
     for label, model in models.items():
-        for key, wanted in shape.items():
-            if (has := model.spec["base_model"][key]) != wanted:
-                hint = f" (--image_size {has})" if dataset == "Folder" and key == "size" else ""
-                raise UserError(f"{found[label]} has {key} {has}, {dataset} has {wanted}: it is a model for other "
-                                f"images{hint}; use them, or remove it")
         if model.meta.get("dataset", dataset) != dataset:
             raise UserError(f"{found[label]} was trained on {model.meta['dataset']}, not on {dataset}; remove it, and "
                             "train one: run_training.py")
-        if (names := tuple(model.meta.get("class_names", ()))) != data.class_names:
-            raise UserError(f"{found[label]} was trained on the classes {', '.join(names)[:80] or '?'}, not on "
-                            f"{', '.join(data.class_names)[:80]}: give its own --data_dir, or remove it")
     return models
+
+
+def check_fit(models: dict[str, Detector], data: ImageSet) -> None:
+    """UserError for a model for images of another shape than those of its data set or, of a Folder, other classes."""
+    shape = dict(zip(("channels", "size", "classes"), (*data.images.shape[1:3], data.classes), strict=True))
+    for label, model in models.items():
+        path = model_paths.model(data.name, label)
+        for key, wanted in shape.items():
+            if (has := model.spec["base_model"][key]) != wanted:
+                hint = f" (--image_size {has})" if data.name == "Folder" and key == "size" else ""
+                raise UserError(f"{path} has {key} {has}, {data.name} has {wanted}: it is a model for other images"
+                                f"{hint}; use them, or remove it")
+        if (names := tuple(model.meta.get("class_names", ()))) != data.class_names:
+            raise UserError(f"{path} was trained on the classes {', '.join(names)[:80] or '?'}, not on "
+                            f"{', '.join(data.class_names)[:80]}: give its own --data_dir, or remove it")
 
 
 def name_untrained(dataset: str) -> None:
