@@ -42,12 +42,12 @@ class Recorder:
 
 def plain(objective, region: Region, steps: int, eta: float) -> None:
     """Un-normalised gradient ascent in the metric's coordinates."""
-    delta = force = torch.zeros_like(region.seeds)
+    point = region.start(torch.zeros_like(region.seeds))
     for _ in range(steps):
-        _, gradient = score_and_gradient(objective, region.images(delta))
+        _, gradient = score_and_gradient(objective, region.images(point.delta))
         z = region.metric.gradient(gradient.flatten(1)) * eta
         length = z.norm(dim=1, keepdim=True).clamp_min(1e-30)
-        delta, force = region.project(delta + region.metric.inverse(z), delta, force, length)
+        point = region.project(point.along + z * region.metric.singular_values.sqrt(), point, length)
 
 
 @torch.no_grad()
@@ -63,7 +63,7 @@ def main(args):
         for fraction in FRACTIONS:
             region = Region(ccu.gmm_in.metric, seeds, radii * fraction)
             ours = Recorder(model.attack_score)
-            ascend(ours, region, torch.zeros_like(region.seeds), steps, 0.3 * region.radius)
+            ascend(ours, region, region.start(torch.zeros_like(region.seeds)), steps, 0.3 * region.radius)
             plains = []
             for eta in STEP_SIZES[hasattr(model, "gmm_in")]:
                 plains.append(Recorder(model.attack_score))

@@ -294,7 +294,7 @@ def pil_epoch(images: np.ndarray, workers: int) -> float:
 
 @torch.no_grad()
 def climb(model, region: Region, steps: int) -> None:
-    ascend(model.attack_score, region, torch.zeros_like(region.seeds), steps, 0.3 * region.radius)
+    ascend(model.attack_score, region, region.start(torch.zeros_like(region.seeds)), steps, 0.3 * region.radius)
 
 
 def attacks(report: Report, device: torch.device, quick: bool) -> None:
@@ -329,7 +329,7 @@ def attacks(report: Report, device: torch.device, quick: bool) -> None:
 
 
 def certificates(report: Report, device: torch.device, quick: bool) -> None:
-    """Certified radii a second, against brentq point by point."""
+    """Certified radii a second, against brentq point by point on the paper's bound, also for the tight one."""
     ccu = make_ccu("LeNet", device).eval()
     ccu.gmm_in.metric.singular_values.fill_(1.0)
     with torch.no_grad():       # as on MNIST: seeds of uniform noise, centroids nearly black
@@ -346,7 +346,8 @@ def certificates(report: Report, device: torch.device, quick: bool) -> None:
     assert np.allclose(found, ours, rtol=1e-5), (found, ours)
     for method, seconds in took.items():
         rate = len(x) / seconds
-        report.add(f"certificate, {method}", rate, "radii/s", baseline, rate / baseline, least=300)
+        report.add(f"certificate, {method}", rate, "radii/s", baseline, rate / baseline,
+                   least=300 if method == "paper" else None)
 
 
 def brentq_radius(ccu: CCU, x: np.ndarray, ratio: float = 1.1) -> float:

@@ -67,9 +67,12 @@ def test_projection_makes_points_feasible_and_converges_to_the_nearest_in_the_me
     seeds, radii = seeds_of(B, D, dtype=torch.float64), torch.logspace(-1, 1, B, dtype=torch.float64)
     region, step = Region(metric, seeds, radii), torch.full((B, 1), 0.1, dtype=torch.float64)
     trial = torch.randn(B, D, generator=gen(2), dtype=torch.float64)
-    delta, force = torch.zeros_like(trial), torch.zeros_like(trial)
+    point = region.start(torch.zeros_like(trial))
     for _ in range(500):
-        delta, force = region.project(trial, delta, force, step)
+        point = region.project(trial @ metric.comp_vecs.T, point, step)
+        delta = point.delta
+        torch.testing.assert_close(point.along, delta @ metric.comp_vecs.T)
+        torch.testing.assert_close(point.force_along, point.force @ metric.comp_vecs.T)
         x, d = region.checked(delta)
         assert (d <= radii).all() and x.min() >= 0 and x.max() <= 1
         assert torch.allclose(x, region.seeds + delta, atol=1e-9)       # the check had next to nothing to mend
@@ -77,8 +80,8 @@ def test_projection_makes_points_feasible_and_converges_to_the_nearest_in_the_me
         goal = seeds[b].flatten() + trial[b]
         best = -maximum_of_concave(metric, seeds[b], radii[b], distance_matrix(metric), goal.numpy())
         assert metric.transform(delta - trial)[b].square().sum().item() == pytest.approx(best, rel=1e-4)
-    inside = 0.5 * delta
-    assert torch.allclose(region.project(inside, inside, torch.zeros_like(force), step)[0], inside, atol=1e-12)
+    inside = region.start(0.5 * delta)
+    assert torch.allclose(region.project(inside.along, inside, step).delta, inside.delta, atol=1e-12)
 
 
 def test_check_mends_what_left_the_ball_and_what_is_not_a_number():

@@ -20,6 +20,19 @@ class AttackResult(NamedTuple):
     distance: Tensor        # [B] float64, d(sample, seed) <= radius; 0: nothing beat the seed
 
 
+class Point(NamedTuple):
+    """Pixel differences to the seeds, and the cube's force on them (Region.project), [N, D] each.
+
+    Both also in the coordinates along the metric's components, x V^T: a product with V costs as much as all else in a
+    step, and most would only undo another.
+    """
+
+    delta: Tensor
+    along: Tensor           # delta V^T
+    force: Tensor
+    force_along: Tensor     # force V^T
+
+
 class Region:
     """The points of [0, 1]^D at most `radius` from their seed, as pixel differences delta [N, D] = x - seed."""
 
@@ -39,21 +52,27 @@ class Region:
     def clamp(self, delta: Tensor) -> Tensor:
         return delta.clamp(self.low, self.high)
 
-    def pull_back(self, delta: Tensor) -> Tensor:
-        """Along the segment to the seed until it is in the ball; a point of the cube stays in the cube."""
-        norm = self.metric.transform(delta).norm(dim=1, keepdim=True)
-        return delta * (self.radius / norm.clamp_min(1e-30)).clamp_max(1)
+    def start(self, delta: Tensor) -> Point:
+        """The point delta [N, D] of the cube, pulled back, without a force on it."""
+        along = delta @ self.metric.comp_vecs.T
+        return self.pull_back(Point(delta, along, torch.zeros_like(delta), torch.zeros_like(delta)))
 
-    def project(self, trial: Tensor, current: Tensor, force: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-        """A feasible point near `trial` in the metric, and the cube's force on it, both [N, D].
+    def pull_back(self, point: Point) -> Point:
+        """Along the segment to the seed until it is in the ball; a point of the cube stays in the cube."""
+        norm = (point.along * self.weights.sqrt()).norm(dim=1, keepdim=True)
+        factor = (self.radius / norm.clamp_min(1e-30)).clamp_max(1)
+        return point._replace(delta=point.delta * factor, along=point.along * factor)
+
+    def project(self, trial: Tensor, current: Point, step: Tensor) -> Point:
+        """A feasible point near `trial` in the metric; trial [N, D] is given along the components.
 
         The projection in the metric onto ball and cube: min |z_d - z_trial|^2 / 2 with |z_d| <= R and d = v, v in the
         cube.  A round of the alternating direction method of multipliers, with penalty rho and a = 1/s, is, in the
         coordinates along the components, d = (a trial + rho (v - u)) / (a (1 + mu) + rho), where mu >= 0 puts d on
         the sphere (Newton steps of More and Hebden), then v = clamp(d + u) and u = u + d - v.
 
-        Two rounds do, since they start where the last step ended: v at the feasible point `current`, and u from
-        `force`, which is rho u for a step of length 1.  Steps and rounds converge together.  rho grows as the
+        Two rounds do, since they start where the last step ended: v at the feasible point `current`, and u from its
+        force, which is rho u for a step of length 1.  Steps and rounds converge together.  rho grows as the
         step [N, 1] shrinks: loose it lets long steps through, stiff it finds the corners of ball and cube.
         The pull-back makes the result exact.
 
@@ -64,18 +83,21 @@ class Region:
         """
         a, V, R = self.weights, self.metric.comp_vecs, self.radius.clamp_min(1e-20)
         rho = (self.penalty * (R / step).sqrt()).clamp(max=a.max())                 # [N, 1]
-        pull, v, u = trial @ V.T * a, current, force * step / rho
+        pull, scale = trial * a, step / rho
+        v, v_along, u, u_along = current.delta, current.along, current.force * scale, current.force_along * scale
         for _ in range(self.rounds):
-            c, mu = pull + (v - u) @ V.T * rho, torch.zeros_like(R)
+            c, mu = pull + (v_along - u_along) * rho, torch.zeros_like(R)
             for _ in range(2):
                 stiff = a * (1 + mu) + rho
                 terms = a * (c / stiff).square()
                 square, slope = terms.sum(1, keepdim=True), (terms * a / stiff).sum(1, keepdim=True)
                 mu = (mu + (square.sqrt() / R - 1) * square / slope.clamp_min(1e-30)).clamp(0, 1e30)
-            d = (c / (a * (1 + mu) + rho)) @ V
+            d_along = c / (a * (1 + mu) + rho)
+            d = d_along @ V
             v = self.clamp(d + u)
-            u = u + d - v
-        return self.pull_back(v), u * rho / step
+            v_along = v @ V.T
+            u, u_along = u + d - v, u_along + d_along - v_along
+        return self.pull_back(Point(v, v_along, u / scale, u_along / scale))
 
     def images(self, delta: Tensor) -> Tensor:
         return (self.seeds + delta).clamp(0, 1).view(self.shape)
@@ -122,12 +144,19 @@ def choose(rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.where(rows.view(-1, *[1] * (a.dim() - 1)), a, b)
 
 
+def choose_point(rows: Tensor, a: Point, b: Point) -> Point:
+    return Point(*(choose(rows, new, old) for new, old in zip(a, b, strict=True)))
+
+
 def ascent_direction(metric: PCAMetric, gradient: Tensor) -> Tensor:
-    """The move delta [N, D] of length 1 in the metric that raises a function of this gradient [N, D] most; 0 for 0."""
+    """The move [N, D] of length 1 in the metric that raises a function of this gradient [N, D] most; 0 for 0.
+
+    Along the components: @ V makes it a difference of pixels.
+    """
     tiny = torch.finfo(gradient.dtype).tiny
     # first by the largest entry: squares of a saturated softmax's gradient would underflow
     z = metric.gradient(gradient / gradient.abs().amax(1, keepdim=True).clamp_min(tiny))
-    return metric.inverse(z / z.norm(dim=1, keepdim=True).clamp_min(tiny))
+    return z / z.norm(dim=1, keepdim=True).clamp_min(tiny) * metric.singular_values.sqrt()
 
 
 MOMENTUM = 0.25         # share of the last move that is made again (0.75 for the gradient, as in Auto-PGD)
@@ -136,45 +165,43 @@ GROWTH = 1.1            # of the step at each better score
 SHORTEST = 0.01         # of the first step: there the step is the first again, and the patience doubled
 
 
-def ascend(objective: Callable[[Tensor], Tensor], region: Region, delta: Tensor, steps: int, step: Tensor,
+def ascend(objective: Callable[[Tensor], Tensor], region: Region, point: Point, steps: int, step: Tensor,
            keep: Callable[[list], None] = lambda search: None, search: list | None = None) -> Tensor:
-    """The best of the `steps` points [N, D] on the way up from delta; each costs one forward and backward pass.
+    """The best of the `steps` points [N, D] on the way up from `point`; each costs one forward and backward pass.
 
     step [N, 1] is the length of the first step in the metric.  keep(search) is called after every step: with this
     `search` it goes on from there.
     """
-    def evaluate(delta):
-        score, gradient = score_and_gradient(objective, region.images(delta))
+    def evaluate(point):
+        score, gradient = score_and_gradient(objective, region.images(point.delta))
         return score, gradient.flatten(1)
 
     first = step = step.clamp_min(1e-30)
     if search is None:
-        score, gradient = evaluate(delta)
-        force, stalled, patience = torch.zeros_like(delta), torch.zeros_like(score), torch.full_like(score, PATIENCE)
-        taken, previous, best, best_score, best_gradient, best_force = 1, delta, delta, score, gradient, force
+        score, gradient = evaluate(point)
+        stalled, patience = torch.zeros_like(score), torch.full_like(score, PATIENCE)
+        taken, previous, best, best_score, best_gradient = 1, point.along, point, score, gradient
     else:
-        (taken, delta, previous, gradient, force, step, stalled, patience, best, best_score, best_gradient,
-         best_force) = search
+        taken, previous, gradient, step, stalled, patience, best_score, best_gradient = search[:8]
+        point, best = Point(*search[8:12]), Point(*search[12:])
     for k in range(taken, steps):
-        move = step * ascent_direction(region.metric, gradient) + MOMENTUM * (delta - previous)
-        previous, (delta, force) = delta, region.project(delta + move, delta, force, step)
-        score, gradient = evaluate(delta)
+        move = step * ascent_direction(region.metric, gradient) + MOMENTUM * (point.along - previous)
+        previous, point = point.along, region.project(point.along + move, point, step)
+        score, gradient = evaluate(point)
 
         better = score > best_score
         best_score = torch.where(better, score, best_score)
-        best, best_gradient, best_force = (choose(better, new, old) for new, old in (
-            (delta, best), (gradient, best_gradient), (force, best_force)))
+        best, best_gradient = choose_point(better, point, best), choose(better, gradient, best_gradient)
         stalled = (stalled + 1).masked_fill(better, 0)
         back = stalled == patience
         stalled = stalled.masked_fill(back, 0)
         step = step * torch.where(better, GROWTH, torch.where(back, 0.5, 1.0))[:, None]
         short = step < SHORTEST * first
         step, patience = torch.where(short, first, step), torch.where(short[:, 0], 2 * patience, patience)
-        delta, previous, gradient, force = (choose(back, new, old) for new, old in (
-            (best, delta), (best, previous), (best_gradient, gradient), (best_force, force)))
-        keep([k + 1, delta, previous, gradient, force, step, stalled, patience, best, best_score, best_gradient,
-              best_force])
-    return best
+        point, previous = choose_point(back, best, point), choose(back, best.along, previous)
+        gradient = choose(back, best_gradient, gradient)
+        keep([k + 1, previous, gradient, step, stalled, patience, best_score, best_gradient, *point, *best])
+    return best.delta
 
 
 @torch.no_grad()
@@ -238,8 +265,8 @@ def attack(detector: Detector, metric: PCAMetric, seeds: Tensor, radii: Tensor, 
             region = Region(metric, seeds[rows].repeat(len(block), 1, 1, 1), radii[rows].repeat(len(block)))
             start = unit_ball(base, (block[:, None] * B + rows).flatten().tolist(), metric.dim).to(seeds)
             start[block.repeat_interleave(len(rows)) == 0] = 0
-            delta = region.pull_back(region.clamp(metric.inverse(start * region.radius)))
-            delta, search = ascend(objective, region, delta, steps, alpha / 10 * region.radius, keep, search), None
+            point = region.start(region.clamp(metric.inverse(start * region.radius)))
+            delta, search = ascend(objective, region, point, steps, alpha / 10 * region.radius, keep, search), None
             x, d = region.checked(delta)
             score, which = without_nan(detector.attack_score(x.view(-1, *shape))).view(len(block), -1).max(0)
             better = score > best_score[rows]
