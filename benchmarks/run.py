@@ -511,7 +511,8 @@ def main(args):
     print(f"\n{report.table()}\n")
     if not args.quick and not args.only:
         record = files.run_record(args)
-        record = {key: record[key] for key in ("command", "commit", "time")}
+        record = {"command": "python benchmarks/run.py", "options": record["options"]} | {
+            key: record[key] for key in ("commit", "time")}
         print(f"wrote {files.write_json(path, record | {'machine': machine, 'figures': report.figures})}")
 
 
