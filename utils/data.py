@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import params
@@ -61,7 +62,7 @@ class ImageSet:
     class_names: tuple[str, ...] = ()   # of a Folder: its folders, by label
 
     def __post_init__(self):
-        self.images = self.images.contiguous()      # what augment's index arithmetic counts on
+        self.images = self.images.contiguous()      # gathering from anything else is slow
 
     def __len__(self) -> int:
         return len(self.images)
@@ -92,8 +93,8 @@ def augment(images: torch.Tensor, index: torch.Tensor, augmentation: Augmentatio
             generator: torch.Generator | None) -> torch.Tensor:
     """uint8 [N, C, H, W] at `index` [B] -> float32 [B, C, H, W] in [0, 1], half cropped, half flipped.
 
-    Pure index arithmetic and gathering: no padded copy, no loop, no synchronisation of a GPU.  The generator
-    lives on the images' device.
+    Pure index arithmetic and gathering: no loop, no synchronisation of a GPU.  The generator lives on the images'
+    device.
     """
     if augmentation is None:
         return images.index_select(0, index).float().div_(255)
@@ -115,26 +116,32 @@ def draw_crops(n: int, augmentation: Augmentation,
 def crop_flip(images: torch.Tensor, index: torch.Tensor, down: torch.Tensor, right: torch.Tensor,
               flip: torch.Tensor, augmentation: Augmentation) -> torch.Tensor:
     """The window of each padded image at (down, right), mirrored where `flip`: float32 [B, C, H, W]."""
-    _, channels, height, width = images.shape
-    rows = down[:, None] + torch.arange(height, device=images.device)             # [B, H]
-    cols = right[:, None] + torch.arange(width, device=images.device)             # [B, W]
-    cols = torch.where(flip[:, None], cols.flip(1), cols)
-    inside = None
-    if augmentation.pad_mode == "constant" and augmentation.crop:
-        inside = ((rows >= 0) & (rows < height))[:, :, None] & ((cols >= 0) & (cols < width))[:, None, :]
-    if augmentation.pad_mode == "reflect":
-        rows, cols = rows.abs(), cols.abs()
-        rows, cols = height - 1 - (height - 1 - rows).abs(), width - 1 - (width - 1 - cols).abs()
-    rows, cols = rows.clamp(0, height - 1), cols.clamp(0, width - 1)
-    # whole rows first, which are contiguous, then columns within them: faster than pixel by pixel
-    plane = index[:, None] * channels + torch.arange(channels, device=images.device)       # [B, C]
-    rows = plane[:, :, None] * height + rows[:, None, :]                                   # [B, C, H]
-    x = images.view(-1, width).index_select(0, rows.flatten()).view(*rows.shape, width)    # [B, C, H, W]
-    if augmentation.crop or augmentation.flip:
-        x = x.gather(3, cols[:, None, None, :].expand_as(x))
-    if inside is not None:
-        x = x * inside[:, None]
+    p, x = augmentation.crop, images.index_select(0, index)
+    if p:
+        _, channels, height, width = x.shape
+        padded = pad(x, p, augmentation.pad_mode)
+        plane, line = padded[0, 0].numel(), padded.shape[3]
+        # all windows are one view of the same memory: a single gather takes each image's, row by contiguous row
+        reach = (channels - 1) * plane + (height - 1) * line + width
+        windows = padded.view(-1).as_strided((padded.numel() - reach + 1, channels, height, width), (1, plane, line, 1))
+        first = torch.arange(len(x), device=x.device) * (channels * plane)
+        x = windows.index_select(0, first + (down + p) * line + right + p)
+    if augmentation.flip:
+        x = torch.where(flip[:, None, None, None], x.flip(3), x)
     return x.float().div_(255)
+
+
+def pad(x: torch.Tensor, p: int, mode: str) -> torch.Tensor:
+    """uint8 [B, C, H, W] with p pixels more at each side; contiguous.  Modes are those of Augmentation."""
+    if mode == "constant":
+        return F.pad(x, (p, p, p, p))
+    for dim in (2, 3):
+        last = x.shape[dim] - 1
+        source = torch.arange(-p, last + 1 + p, device=x.device)
+        if mode == "reflect":
+            source = last - (last - source.abs()).abs()
+        x = x.index_select(dim, source.clamp(0, last))
+    return x
 
 
 def _augmented(data: ImageSet, order: torch.Tensor, batch_size: int, generator: torch.Generator | None,
