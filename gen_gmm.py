@@ -56,7 +56,7 @@ def main(args):
     if not jobs:
         return
 
-    augmentation = Augmentation(defaults.crop, defaults.pad_mode, defaults.flip) if args.augm_flag else None
+    augmentation = Augmentation.of(defaults) if args.augm_flag else None
     X, X_out = (one_pass(images.to(device), augmentation, args.seed) for images in (data, out))
     metric = make_metric(name, X)
     z, z_out = metric.transform(X), metric.transform(X_out)

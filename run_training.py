@@ -114,7 +114,7 @@ def train_network(args, seed, name, state_path, data, out, base, mixtures) -> tu
     settings = Settings(optimizer, first(args.lr, method.lr, params.LR[optimizer]), args.lr_gmm,
                         first(args.decay, method.weight_decay, params.WEIGHT_DECAY), tuple(args.grad_vars),
                         args.epochs, args.batch_size, seed)
-    augmentation = (Augmentation(defaults.crop, defaults.pad_mode, defaults.flip) if args.augm_flag else None)
+    augmentation = Augmentation.of(defaults) if args.augm_flag else None
     options = {key: value for key, value in vars(args).items() if key not in ("gpu", "resume", "debug", "verbose")}
     logs = model_paths.log_dir(args.dataset, name, time.strftime("%Y%m%d-%H%M%S"))
     model.amp = args.amp

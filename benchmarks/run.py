@@ -104,9 +104,9 @@ def synchronise(device: torch.device) -> None:
 
 # --- what is measured on ------------------------------------------------------------------------------------------
 
-def make_ccu(arch: str, device: torch.device) -> CCU:
-    """A CCU of the default shape; what it computes takes the same time whatever the numbers are."""
-    channels, size, _ = NETWORKS[arch]
+def make_ccu(arch: str, device: torch.device, shape: tuple[int, int] | None = None) -> CCU:
+    """A CCU of the default shape or of [channels, size]; it takes the same time whatever the numbers are."""
+    channels, size = shape or NETWORKS[arch][:2]
     D = channels * size ** 2
     generator = torch.Generator().manual_seed(0)
     metric = PCAMetric(torch.linalg.qr(torch.randn(D, D, generator=generator))[0], torch.linspace(10, 0.1, D))
@@ -457,14 +457,9 @@ def epochs(report: Report, device: torch.device, quick: bool) -> None:
     n = 6_000 if quick else 60_000
     data, out = (ImageSet(name, torch.randint(0, 256, (n, 1, 28, 28), dtype=torch.uint8), torch.arange(n) % M, M
                           ).to(device) for name in ("FMNIST", "out"))
-    generator = torch.Generator().manual_seed(0)
-    D = 784
-    metric = PCAMetric(torch.linalg.qr(torch.randn(D, D, generator=generator))[0], torch.linspace(10, 0.1, D))
-    gmms = [GMM(torch.rand(K, D, generator=generator), torch.full((K,), math.log(var)),
-                torch.full((K,), -math.log(K)), metric) for var in (0.05, 0.5)]
     for label, objective in {"Base": Plain(), "CCU": CEDA_GMM()}.items():
-        network = build_classifier("ResNet18", 1, 28, M)
-        model = (CCU(network, *gmms, 0.0, M) if label == "CCU" else Softmax(network)).to(device)
+        ccu = make_ccu("ResNet18", device, (1, 28))
+        model = ccu if label == "CCU" else Softmax(ccu.base_model)
         model.amp = True
         with tempfile.TemporaryDirectory() as scratch:
             history = train(model, objective, data, out if label == "CCU" else None,

@@ -86,6 +86,11 @@ class Augmentation:
     pad_mode: str    # "constant" (black), "edge" or "reflect" (without repeating the border)
     flip: bool       # random horizontal flip
 
+    @classmethod
+    def of(cls, dataset: params.Dataset) -> "Augmentation":
+        """A data set's own."""
+        return cls(dataset.crop, dataset.pad_mode, dataset.flip)
+
 
 # --- batches -----------------------------------------------------------------------------------------------
 
