@@ -1,6 +1,8 @@
 # make demo     fit, train, evaluate and attack on scikit-learn's digits: both tables in a few minutes
 # make tables DATASET=D [EPOCHS=100] [OUT_DATASET=..] [OUT_DIR=..] [DATA_DIR=..] [GPUS="0 1"] [LABELS="Base CCU"]
-#               train whatever is missing, write both tables; -j 4 runs what does not depend on each other side by side
+#               train whatever is missing, write both tables; -j 4 runs what does not depend on each other side by side;
+#               LABELS="CCU CCU-seed1 CCU-seed2" trains with other seeds too
+# make results  write README's results from results/
 # make figures [DATASET=D]
 #               draw what can be drawn of the models and tables that are there: results/figures/
 # make test     the tests           make check   lint, tests and a short demo, as CI runs them
@@ -8,8 +10,7 @@ PYTHON ?= python3
 PY := $(abspath .venv/bin/python)
 INSTALLED := .venv/.installed
 
-.PHONY: demo tables figures test lint check
-.SECONDARY:     # a trained model is never removed as intermediate
+.PHONY: demo tables results figures test lint check
 
 $(INSTALLED): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed: make PYTHON=python3.12 ...") if sys.version_info < (3, 11) else None'
@@ -57,7 +58,7 @@ MIXTURES := $(MODELS)/gmm/.fitted$(addprefix _,$(OUT_DATASET))
 DATA := $(addprefix --data_dir ,$(DATA_DIR))
 OUT := $(addprefix --out_dataset ,$(OUT_DATASET)) $(addprefix --out_dir ,$(OUT_DIR))
 # as in the demo, ACET's attacks are shortened where everything has to run on a laptop
-$(MODELS)/ACET.pt $(MODELS)/ACET2.pt: ACET = $(if $(digits),--steps 10)
+$(MODELS)/ACE%.pt: ACET = $(if $(digits),--steps 10)
 # labels take the GPUs in turn
 position = $(shell printf '%s\n' $(LABELS) | grep -nx '$(1)' | cut -d: -f1)
 gpu = $(if $(GPUS),--gpu $(word $(shell echo $$(( $(call position,$(1)) % $(words $(GPUS)) + 1 ))),$(GPUS)))
@@ -71,14 +72,18 @@ results/table1_$(DATASET).csv: $(sort $(LABELS:%=$(MODELS)/%.pt) $(MODELS)/CCU.p
 	$(PY) gen_attack_stats.py --datasets $(DATASET) --wide_format 1 --fit_out 1 $(DATA) $(call gpu,CCU) --models $(LABELS) --steps $(STEPS) --restarts $(RESTARTS) --resume 1 --output $(basename $@)
 
 $(MODELS)/%.pt: | $(INSTALLED)
-	$(PY) run_training.py --dataset $(DATASET) $$($(PY) -c 'import model_paths; print(model_paths.LABELS["$*"])') --augm_flag 1 $(addprefix --epochs ,$(EPOCHS)) $(DATA) $(OUT) $(call gpu,$*) --resume 1 $(ACET) $(TRAIN_ARGS)
+	$(PY) run_training.py --dataset $(DATASET) $$($(PY) -c 'import model_paths; print(model_paths.options("$*"))') --augm_flag 1 $(addprefix --epochs ,$(EPOCHS)) $(DATA) $(OUT) $(call gpu,$*) --resume 1 $(ACET) $(TRAIN_ARGS)
 
-$(MODELS)/CCU.pt $(MODELS)/CCUs.pt: $(MIXTURES)
-$(MODELS)/ODIN.pt $(MODELS)/Maha.pt: $(MODELS)/Base.pt
+$(patsubst %,$(MODELS)/%.pt,$(sort CCU CCUs $(filter CCU%,$(LABELS)))): $(MIXTURES)
+$(foreach label,$(sort ODIN Maha $(filter ODIN% Maha%,$(LABELS))),\
+  $(eval $(MODELS)/$(label).pt: $(MODELS)/$(subst ODIN,Base,$(label:Maha%=Base%)).pt))
 
 $(MIXTURES): | $(INSTALLED)
 	$(PY) gen_gmm.py --dataset $(DATASET) --PCA 1 --augm_flag 1 $(DATA) $(OUT) $(call gpu,CCU) --resume 1
 	touch $@
+
+results: $(INSTALLED)
+	$(PY) gen_results.py
 
 figures: $(INSTALLED)
 	$(PY) gen_figures.py --datasets $(DATASET) $(DATA)

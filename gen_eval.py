@@ -3,7 +3,8 @@
     python gen_eval.py --dataset MNIST --drop_mmc 1
 
 Evaluates every model under checkpoints/<dataset>/ and writes the table to results/ as .csv and .txt (LaTeX), a
-second one with FPR at 95 % TPR (OOD positive), and all scores to results/backup/.  A model or OOD set that is
+second one with FPR at 95 % TPR (OOD positive), how the models were trained (_runs.json), and all scores to
+results/backup/.  A model or OOD set that is
 not there is named with the command that gets it.  Seconds on a GPU, a minute or two on a CPU.
 """
 
@@ -62,11 +63,19 @@ def main(args):
     tables.show(fpr, title_fpr)
     print("", *notes, sep="\n")
     written = tables.write(table, stem, title, notes) + tables.write(fpr, f"{stem}_fpr95", title_fpr, notes)
+    written.append(files.write_json(model_paths.table_runs(stem), runs(args.dataset, models)))
     written.append(files.save({
         "format": "CCU scores, version 1", "record": files.run_record(args), "dataset": args.dataset,
         "test_error": test_errors, "meta": {label: model.meta for label, model in models.items()},
         "scores": {f"{label}/{name}": value.cpu() for (label, name), value in scores.items()}}, backup))
     print("", *(f"wrote {path}" for path in written), sep="\n")
+
+
+def runs(dataset, models) -> dict:
+    """label -> run record, without the epochs' history, of the models that were trained here."""
+    records = {label: files.load_run(model_paths.run_record(model_paths.model(dataset, label))) for label in models}
+    return {label: {key: value for key, value in record.items() if key != "history"}
+            for label, record in records.items() if record}
 
 
 def ood_sets(args, folders, test) -> dict:

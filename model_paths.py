@@ -4,6 +4,7 @@ All paths are relative to the current directory: checkpoints/, results/ and logs
 A model that was trained elsewhere takes part in the tables as checkpoints/<data set>/<label>.pt.
 """
 
+import re
 from pathlib import Path
 
 CHECKPOINTS, RESULTS, LOGS = Path("checkpoints"), Path("results"), Path("logs")
@@ -33,8 +34,29 @@ def label(train_type: str, fit_out: bool) -> str:
             "ACET": "ACET" if fit_out else "ACET2"}.get(train_type, train_type)
 
 
+def without_seed(label: str) -> str:
+    """Base-seed1, which is Base trained with seed 1, -> Base."""
+    return re.sub(r"-seed\d+$", "", label)
+
+
+def sibling(label: str, of: str) -> str:
+    """The label `of` with the seed of `label`: Base for ODIN, Base-seed1 for ODIN-seed1."""
+    return of + label.removeprefix(without_seed(label))
+
+
+def options(label: str) -> str:
+    """How run_training.py makes the model of this label, which may end in -seed<n>."""
+    seed = label.removeprefix(without_seed(label)).removeprefix("-seed")
+    return LABELS[without_seed(label)] + (f" --seed {seed} --label {label}" if seed else "")
+
+
 def model(dataset: str, label: str) -> Path:
     return CHECKPOINTS / dataset / f"{label}.pt"
+
+
+def table_runs(stem: str | Path) -> Path:
+    """How the models of Table 2 were trained."""
+    return Path(f"{stem}_runs.json")
 
 
 def training_state(checkpoint: Path, member: int | None = None) -> Path:
@@ -64,7 +86,7 @@ def trained(dataset: str) -> dict[str, Path]:
 def command(dataset: str, label: str) -> str:
     """The command that makes the model."""
     images = " --data_dir DIR" if dataset == "Folder" else ""
-    return f"python run_training.py --dataset {dataset}{images} {LABELS[label]} --augm_flag 1"
+    return f"python run_training.py --dataset {dataset}{images} {options(label)} --augm_flag 1"
 
 
 def log_dir(dataset: str, label: str, stamp: str) -> Path:

@@ -45,11 +45,12 @@ def main(args):
     files.check_writable(path, model_paths.log_dir(args.dataset, label, "") / "events")
 
     # what has to be there already comes first
-    base = load_models(args.dataset, ["Base"], device)["Base"] if args.warmstart or calibrated else None
+    base_label = model_paths.sibling(label, "Base")
+    base = load_models(args.dataset, [base_label], device)[base_label] if args.warmstart or calibrated else None
     mixtures = load_mixtures(args, out_name) if args.use_gmm else None
     data, test = (load_in_dist(args.dataset, split, args.data_dir, args.download, args.image_size).to(device)
                   for split in ("train", "test"))
-    check_fit({"Base": base} if base else {}, test)
+    check_fit({base_label: base} if base else {}, test)
     if mixtures and (pixels := data.images[0].numel()) != mixtures[0].metric.dim:
         raise UserError(f"the mixtures were fitted on images of {mixtures[0].metric.dim} values, {args.dataset}'s have "
                         f"{pixels}: run gen_gmm.py again, with the same --image_size")

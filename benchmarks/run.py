@@ -512,11 +512,7 @@ def main(args):
 
 
 def describe(device: torch.device) -> dict:
-    processor = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists() and (found := re.search(r"model name\s*: (.*)", cpuinfo.read_text())):
-        processor = found.group(1)
-    return {"processor": processor, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+    return {"processor": files.processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None, "torch": torch.__version__,
             "python": platform.python_version()}
 

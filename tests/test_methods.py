@@ -514,6 +514,16 @@ def test_every_label_is_one_command(label, tiny):
     assert model.base_model.spec["arch"] == "LeNetDropout" if label == "MCD" else True
 
 
+def test_a_label_with_a_seed_is_calibrated_on_the_base_of_that_seed(tiny, capsys):
+    with pytest.raises(SystemExit):
+        train("--train_type ODIN --seed 1 --label ODIN-seed1")
+    assert "--train_type plain --seed 1 --label Base-seed1" in capsys.readouterr().err
+    train("--train_type plain --seed 1 --label Base-seed1")
+    train("--train_type ODIN --seed 1 --label ODIN-seed1")
+    calibrated, base = (dict(checkpoint(label).base_model.named_parameters()) for label in ("ODIN-seed1", "Base-seed1"))
+    assert all(torch.equal(calibrated[name], value) for name, value in base.items())
+
+
 class Killed(Exception):
     pass
 

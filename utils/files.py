@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import platform
+import re
 import shutil
 import socket
 import subprocess
@@ -284,8 +285,25 @@ def run_record(args, **more) -> dict:
     record = {"command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "options": vars(args),
               "commit": commit or None, "time": time.strftime("%Y-%m-%d %H:%M:%S"),
               "python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads(),
-              "gpu": gpu, "processes": parallel.world_size(), **more}
+              "processor": processor(), "gpu": gpu, "processes": parallel.world_size(), **more}
     return json.loads(json.dumps(record, default=str))      # plain values only, whatever they were
+
+
+def load_run(path: Path) -> dict | None:
+    """What `run_record` gave; None where there is no readable one."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def processor() -> str:
+    """Its model name, where the system tells."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists() and (found := re.search(r"model name\s*: (.*)", cpuinfo.read_text())):
+        return found.group(1)
+    return platform.processor() or platform.machine()
 
 
 def _has_git() -> bool:

@@ -22,8 +22,9 @@ def load_models(dataset: str, labels: list[str] | None, device: torch.device) ->
     if labels is None:
         labels = list(found)
     for label in labels:
-        check_name(label, {**found, **model_paths.LABELS}, "model")
         if label not in found:
+            if model_paths.without_seed(label) not in model_paths.LABELS:
+                check_name(label, {**found, **model_paths.LABELS}, "model")
             raise UserError(f"there is no {dataset} model {label}; make it: {model_paths.command(dataset, label)}")
     # channels_last: a LeNet's passes take a quarter less time on a CPU
     models = {label: files.load_model(found[label], device).to(memory_format=torch.channels_last) for label in labels}
