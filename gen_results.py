@@ -150,8 +150,13 @@ def ablation(path: Path) -> str:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    rows = [["", *table.columns], ["---"] + ["---:"] * table.shape[1], *table.reset_index().to_numpy()]
-    return "".join(f"| {' | '.join(map(str, row))} |\n" for row in rows)
+    """In columns of one width, to be read as it stands too."""
+    rows = [["", *table.columns], *table.reset_index().to_numpy()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    return "".join(f"| {row[0]:<{widths[0]}} | " + " | ".join(f"{cell:>{width}}" for cell, width in
+                                                             zip(row[1:], widths[1:], strict=True)) + " |\n"
+                   for row in rows)
 
 
 def parser() -> cli.Parser:

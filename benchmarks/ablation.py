@@ -77,7 +77,7 @@ def main(args):
                        "AUC mean": auc[label].mean(), **radii(model, noise, test.floats())}
     table = pd.DataFrame(rows).T.astype(object)
     notes = [f"command: {files.run_record(args)['command']}",
-             *tables.model_notes(models),
+             *tables.model_notes({"all CCU models": models["sqrt-s"]}),
              "R: median radius (tight, ratio 1.1) around uniform noise, in units of the metric; R / distance: its "
              "median share (%) of the distance to the closest test image; R > 0: share of seeds (%)"]
     table = table.where(table.notna(), None)

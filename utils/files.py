@@ -32,6 +32,7 @@ try:
 except ImportError:     # Windows: no locks
     fcntl = None
 
+ROOT = Path(__file__).resolve().parent.parent
 MODEL, MIXTURES = "CCU model, version 1", "CCU mixtures, version 1"
 # bytes; the largest of ours, a ResNet18 with two mixtures at 32x32x3, has 90 MB
 LARGEST = 4 * 2 ** 30
@@ -279,10 +280,12 @@ def load_mixtures(path: str | Path, mend: str) -> tuple[models.GMM, models.GMM, 
 def run_record(args, **more) -> dict:
     """What a run needs to be repeated: command, resolved options, commit, versions, machine."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], text=True, capture_output=True,
-                            cwd=Path(__file__).parent.parent).stdout.strip() if _has_git() else ""
+                            cwd=ROOT).stdout.strip() if _has_git() else ""
     on_gpu = torch.cuda.is_available() and args.gpu != -1
     gpu = torch.cuda.get_device_name(args.gpu or 0) if on_gpu else None
-    record = {"command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "options": vars(args),
+    script = Path(sys.argv[0]).resolve()
+    script = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
+    record = {"command": " ".join(["python", str(script), *sys.argv[1:]]), "options": vars(args),
               "commit": commit or None, "time": time.strftime("%Y-%m-%d %H:%M:%S"),
               "python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads(),
               "processor": processor(), "gpu": gpu, "processes": parallel.world_size(), **more}
@@ -307,7 +310,7 @@ def processor() -> str:
 
 
 def _has_git() -> bool:
-    return shutil.which("git") is not None and (Path(__file__).parent.parent / ".git").exists()
+    return shutil.which("git") is not None and (ROOT / ".git").exists()
 
 
 def _first_line(error: BaseException) -> str:
