@@ -1,7 +1,8 @@
 # make demo     fit, train, evaluate and attack on scikit-learn's digits: both tables in a few minutes
 # make tables DATASET=D [EPOCHS=100] [OUT_DATASET=..] [OUT_DIR=..] [DATA_DIR=..] [GPUS="0 1"] [LABELS="Base CCU"]
 #               train whatever is missing, write both tables; -j 4 runs what does not depend on each other side by side;
-#               LABELS="CCU CCU-seed1 CCU-seed2" trains with other seeds too
+#               LABELS="CCU CCU-seed1 CCU-seed2" trains with other seeds too; ARGS="--download 1" is for every script,
+#               TRAIN_ARGS="--amp 1" for run_training.py
 # make results  write README's results from results/
 # make figures [DATASET=D]
 #               draw what can be drawn of the models and tables that are there: results/figures/
@@ -55,13 +56,13 @@ RESTARTS ?= $(if $(digits),5,50)
 LABELS ?= Base CEDA OE ACET ACET2 CCU CCUs MCD EDL DE GAN ODIN Maha
 MODELS := checkpoints/$(DATASET)
 MIXTURES := $(MODELS)/gmm/.fitted$(addprefix _,$(OUT_DATASET))
-DATA := $(addprefix --data_dir ,$(DATA_DIR))
+DATA := $(addprefix --data_dir ,$(DATA_DIR)) $(ARGS)
 OUT := $(addprefix --out_dataset ,$(OUT_DATASET)) $(addprefix --out_dir ,$(OUT_DIR))
 # as in the demo, ACET's attacks are shortened where everything has to run on a laptop
 $(MODELS)/ACE%.pt: ACET = $(if $(digits),--steps 10)
 # labels take the GPUs in turn
 position = $(shell printf '%s\n' $(LABELS) | grep -nx '$(1)' | cut -d: -f1)
-gpu = $(if $(GPUS),--gpu $(word $(shell echo $$(( $(call position,$(1)) % $(words $(GPUS)) + 1 ))),$(GPUS)))
+gpu = $(if $(GPUS),--gpu $(word $(shell echo $$(( $(or $(call position,$(1)),0) % $(words $(GPUS)) + 1 ))),$(GPUS)))
 
 tables: results/table2_$(DATASET).csv results/table1_$(DATASET).csv
 
@@ -86,7 +87,7 @@ results: $(INSTALLED)
 	$(PY) gen_results.py
 
 figures: $(INSTALLED)
-	$(PY) gen_figures.py --datasets $(DATASET) $(DATA)
+	$(PY) gen_figures.py --datasets $(DATASET) $(addprefix --data_dir ,$(DATA_DIR))
 
 # --- checks ------------------------------------------------------------------------------------------------------
 

@@ -63,7 +63,7 @@ def main(args):
     tables.show(fpr, title_fpr)
     print("", *notes, sep="\n")
     written = tables.write(table, stem, title, notes) + tables.write(fpr, f"{stem}_fpr95", title_fpr, notes)
-    written.append(files.write_json(model_paths.table_runs(stem), runs(args.dataset, models)))
+    written.append(files.write_json(model_paths.table_runs(stem), runs(args.dataset, models, test_errors)))
     written.append(files.save({
         "format": "CCU scores, version 1", "record": files.run_record(args), "dataset": args.dataset,
         "test_error": test_errors, "meta": {label: model.meta for label, model in models.items()},
@@ -71,11 +71,17 @@ def main(args):
     print("", *(f"wrote {path}" for path in written), sep="\n")
 
 
-def runs(dataset, models) -> dict:
-    """label -> run record, without the epochs' history, of the models that were trained here."""
-    records = {label: files.load_run(model_paths.run_record(model_paths.model(dataset, label))) for label in models}
-    return {label: {key: value for key, value in record.items() if key != "history"}
-            for label, record in records.items() if record}
+def runs(dataset, models, test_errors) -> dict:
+    """label -> run record without the epochs' history; of a model that was not trained here what it says of itself."""
+    made = {}
+    for label, model in models.items():
+        record = files.load_run(model_paths.run_record(model_paths.model(dataset, label)))
+        if record.get("test_error") != model.meta.get("test_error"):      # of another model, which stood here before
+            record = {}
+        record.pop("history", None)
+        made[label] = {**model.meta, **record, "test_error": test_errors[label],
+                       "arch": model.spec["base_model"]["arch"]}
+    return made
 
 
 def ood_sets(args, folders, test) -> dict:

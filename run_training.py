@@ -72,9 +72,11 @@ def main(args):
         members = [train_network(args, args.seed * args.members + i, f"{label}.{i}", state, data, out, base, mixtures)
                    for i, state in enumerate(states)]
         model, history = DE([m.base_model for m, _ in members]), [h for _, h in members]
+        histories = history
     else:
         states = [model_paths.training_state(path)]
         model, history = train_network(args, args.seed, label, states[0], data, out, base, mixtures)
+        histories = [history]
 
     if parallel.rank() > 0:
         return
@@ -82,19 +84,23 @@ def main(args):
     error = test_error(log_p, test.labels)
     warn_near_chance(f"{label} on {args.dataset}", error, test.classes)
     meta = {"dataset": args.dataset, "label": label, "train_type": args.train_type, "out_dataset": out_name,
-            "epochs": epochs, "seed": args.seed, "augm_flag": args.augm_flag, "test_error": error,
+            "epochs": epochs, "seed": args.seed, "augm_flag": args.augm_flag, "amp": args.amp, "test_error": error,
             "mixtures": mixtures and mixtures[2]}
     if data.class_names:
         meta["class_names"] = list(data.class_names)
     if args.train_type == "ACET":
         meta["steps"] = args.steps
+    if args.train_type == "DE":
+        meta["members"] = args.members
     if out_name == "Folder":
         meta["out_dir"] = args.out_dir
     if calibrated:
         meta |= {name: getattr(model, name).item() for name in CALIBRATED[args.train_type]}
         print(", ".join(f"{name} {meta[name]:.4g}" for name in CALIBRATED[args.train_type]))
     files.save_model(model, path, meta)
-    record = files.run_record(args, **meta, seconds=time.monotonic() - start, history=history)
+    # the epochs' own times count those before an interruption too
+    seconds = time.monotonic() - start if calibrated else sum(e["seconds"] for h in histories for e in h)
+    record = files.run_record(args, **meta, seconds=seconds, history=history)
     files.write_json(model_paths.run_record(path), record)
     for state in states:
         state.unlink(missing_ok=True)
@@ -154,7 +160,9 @@ def load_mixtures(args, out_name):
         f"fit the mixtures: python gen_gmm.py --dataset {args.dataset} --data_dir {args.data_dir} --PCA "
         f"{int(args.PCA)} --metric {args.metric} --n {args.n} --augm_flag {int(args.augm_flag)} "
         f"--out_dataset {out_name}"))
-    for key, wanted in (("dataset", args.dataset), ("metric", name), ("n", args.n), ("out_dataset", out_name)):
+    out_dir = args.out_dir if out_name == "Folder" else None
+    for key, wanted in (("dataset", args.dataset), ("metric", name), ("n", args.n), ("out_dataset", out_name),
+                        ("out_dir", out_dir)):
         if meta.get(key) != wanted:
             raise UserError(f"{path} was fitted with {key} {meta.get(key)}, not {wanted}: run gen_gmm.py with the same "
                             "options, or change them here")

@@ -3,8 +3,8 @@
     python benchmarks/ablation.py --dataset MNIST --epochs 2 --amp 1
 
 Departs from the default (metric pca, two mixtures, K = 100) in one choice at a time, trains each model anew with the
-repository's own scripts in the folder ablation/, and writes results/ablation_<name>.csv and .txt: test error, AUC
-against each OOD set and their mean, and the radii certified (tight bound, ratio 1.1) around uniform noise.  Radii of
+repository's own scripts in ablation/<name>/, and writes results/ablation_<name>.csv and .txt: test error, AUC against
+each OOD set and their mean, and the radii certified (tight bound, ratio 1.1) around uniform noise.  Radii of
 two metrics do not compare, so each also stands as a share of the distance to the closest test image in its metric.
 Models that are there already are kept: delete ablation/ to begin anew.  On MNIST the fits take some 6 minutes on a CPU
 core; then come seven trainings.
@@ -26,8 +26,8 @@ import params  # noqa: E402
 from models import CCU, certified_radius  # noqa: E402
 from utils import cli, files, tables  # noqa: E402
 from utils.data import load_in_dist  # noqa: E402
+from utils.errors import UserError  # noqa: E402
 
-FOLDER = Path("ablation")
 VARIANTS = {        # label -> metric, mixtures, centroids
     "sqrt-s": ("--PCA 1", "--fit_out 1", 100),
     "mahalanobis": ("--PCA 1 --metric mahalanobis", "--fit_out 1", 100),
@@ -40,10 +40,28 @@ SEEDS = 1000            # uniform noise around which radii are certified
 
 
 def main(args):
-    files.check_writable(stem := model_paths.RESULTS.absolute() / f"ablation_{args.name or args.dataset}")
-    FOLDER.mkdir(exist_ok=True)
-    common = [*f"--dataset {args.dataset} --image_size {args.image_size} --seed {args.seed} --data_dir".split(),
-              from_there(args.data_dir)]
+    name = args.name or args.dataset
+    files.check_writable(stem := model_paths.RESULTS / f"ablation_{name}")
+    folder = Path("ablation") / name
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def from_there(path):
+        return os.path.relpath(path, folder)
+
+    def run(script, *options):
+        print(f"\n{script} {' '.join(options)}", flush=True)
+        if code := subprocess.run([sys.executable, ROOT / script, *options], cwd=folder).returncode:
+            sys.exit(code)
+
+    def train(label, *method):
+        path = folder / model_paths.model(args.dataset, label)
+        if not path.exists():
+            run("run_training.py", *training, *method, "--label", label, "--resume", "1")
+        elif (epochs := files.load_model(path).meta["epochs"]) != args.epochs:
+            raise UserError(f"{path} was trained for {epochs} epochs: give another --name, or remove {folder}")
+
+    common = [*f"--dataset {args.dataset} --image_size {args.image_size} --seed {args.seed}".split(),
+              "--download", str(int(args.download)), "--data_dir", from_there(args.data_dir)]
     if args.gpu is not None:
         common += ["--gpu", str(args.gpu)]
     out = ["--out_dataset", args.out_dataset]
@@ -52,36 +70,35 @@ def main(args):
     training = [*common, *out, *f"--augm_flag 1 --epochs {args.epochs} --amp {args.amp:d}".split()]
     if args.arch:
         training += ["--arch", args.arch]
-    table2 = f"table2_{stem.name}"
 
     for metric in dict.fromkeys(metric for metric, *_ in VARIANTS.values()):
         n = sorted({str(k) for m, _, k in VARIANTS.values() if m == metric}, key=int)
         run("gen_gmm.py", *common, *out, *metric.split(), "--augm_flag", "1", "--resume", "1", "--n", *n)
-    train("Base", args, training, "--train_type", "plain")
+    train("Base", "--train_type", "plain")
     for label, (metric, mixtures, n) in VARIANTS.items():
-        train(label, args, training, *f"--train_type CEDA_GMM {metric} {mixtures} --n {n}".split())
-    evaluation = [*common, "--models", "Base", *VARIANTS, "--output", table2]
+        train(label, *f"--train_type CEDA_GMM {metric} {mixtures} --n {n}".split())
+    evaluation = [*common, "--models", "Base", *VARIANTS, "--output", "table2"]
     if args.ood:
-        folders = (cli.assignment(item, "--ood") for item in args.ood)
-        evaluation += ["--ood", *(f"{name}={from_there(folder)}" for name, folder in folders)]
+        sets = (cli.assignment(item, "--ood") for item in args.ood)
+        evaluation += ["--ood", *(f"{label}={from_there(images)}" for label, images in sets)]
     run("gen_eval.py", *evaluation)
 
-    auc = pd.read_csv(FOLDER / f"{table2}.csv", header=[0, 1], index_col=0)
+    auc = pd.read_csv(folder / "table2.csv", header=[0, 1], index_col=0)
     auc = auc.xs("AUC", axis=1, level=1).drop(index="orig")
     test = load_in_dist(args.dataset, "test", args.data_dir, args.download, args.image_size)
     noise = torch.rand(SEEDS, *test.images.shape[1:], generator=torch.Generator().manual_seed(args.seed))
-    rows, models = {}, {}
+    rows = {}
     for label in ("Base", *VARIANTS):
-        model = models[label] = files.load_model(FOLDER / model_paths.model(args.dataset, label))
-        rows[label] = {"TE": model.meta["test_error"], **{f"AUC {name}": auc.loc[name, label] for name in auc.index},
+        model = files.load_model(folder / model_paths.model(args.dataset, label))
+        rows[label] = {"TE": model.meta["test_error"], **auc[label].rename(lambda ood: f"AUC {ood}"),
                        "AUC mean": auc[label].mean(), **radii(model, noise, test.floats())}
     table = pd.DataFrame(rows).T.astype(object)
     notes = [f"command: {files.run_record(args)['command']}",
-             *tables.model_notes({"all CCU models": models["sqrt-s"]}),
+             f"all models: {tables.how_made(model.meta)}",
              "R: median radius (tight, ratio 1.1) around uniform noise, in units of the metric; R / distance: its "
              "median share (%) of the distance to the closest test image; R > 0: share of seeds (%)"]
     table = table.where(table.notna(), None)
-    title = f"Ablation, {args.name or args.dataset}"
+    title = f"Ablation, {name}"
     tables.show(table, title)
     print(*(f"wrote {file}" for file in tables.write(table, stem, title, notes)), sep="\n")
 
@@ -96,22 +113,6 @@ def radii(model, noise, test) -> dict:
     distance = torch.cdist(z.double(), z_test.double()).amin(1)
     return {"R": radius.median().item(), "R / distance": 100 * (radius / distance).median().item(),
             "R > 0": 100 * (radius > 0).double().mean().item()}
-
-
-def from_there(path: str) -> str:
-    """A path as it reads from FOLDER."""
-    return os.path.relpath(path, FOLDER)
-
-
-def train(label, args, training, *method) -> None:
-    if not (FOLDER / model_paths.model(args.dataset, label)).exists():
-        run("run_training.py", *training, *method, "--label", label, "--resume", "1")
-
-
-def run(script, *options) -> None:
-    print(f"\n{script} {' '.join(options)}", flush=True)
-    if code := subprocess.run([sys.executable, ROOT / script, *options], cwd=FOLDER).returncode:
-        sys.exit(code)
 
 
 def parser() -> cli.Parser:

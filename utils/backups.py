@@ -7,7 +7,7 @@ from torch import Tensor
 
 import model_paths
 import models
-from utils import files
+from utils import files, tables
 from utils.errors import UserError
 
 ATTACK, SCORES = "CCU attack, version 1", "CCU scores, version 1"        # of gen_attack_stats.py, of gen_eval.py
@@ -42,12 +42,7 @@ def with_confidence(backup: dict) -> list[str]:
 
 def caption(backup: dict) -> str:
     """What a reader of a figure has to know of the run: data set, command, and how each model was made."""
-    made: dict[str, list[str]] = {}
-    for label, meta in backup["meta"].items():
-        parts = {"epochs": "{} epochs", "out_dataset": "out-distribution {}", "source": "{}"}
-        how = [text.format(meta[key]) for key, text in parts.items() if meta.get(key) is not None]
-        made.setdefault(", ".join(how) or "of unknown origin", []).append(label)
-    models_made = "; ".join(f"{', '.join(labels)}: {how}" for how, labels in made.items())
+    models_made = "; ".join(f"{', '.join(labels)}: {how}" for how, labels in tables.by_making(backup["meta"]).items())
     return f"**{backup['dataset']}**. {models_made}. `{backup['record']['command']}`"
 
 

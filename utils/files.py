@@ -292,13 +292,13 @@ def run_record(args, **more) -> dict:
     return json.loads(json.dumps(record, default=str))      # plain values only, whatever they were
 
 
-def load_run(path: Path) -> dict | None:
-    """What `run_record` gave; None where there is no readable one."""
+def load_run(path: Path) -> dict:
+    """What `run_record` gave; nothing where there is no readable one."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) else None
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def processor() -> str:

@@ -9,7 +9,7 @@ from utils import files
 
 def percent(value: float | None) -> str:
     """Two decimals; a dash where a number would have no meaning."""
-    return "–" if value is None else f"{value:.2f}"
+    return "–" if pd.isna(value) else f"{value:.2f}"
 
 
 def show(table: pd.DataFrame, title: str) -> None:
@@ -27,8 +27,28 @@ def write(table: pd.DataFrame, stem: str | Path, title: str, notes: list[str]) -
 
 def model_notes(models: dict) -> list[str]:
     """One line a model: how it was made."""
-    return [f"{label}: " + ", ".join(f"{key} {model.meta[key]}" for key in
-                                     ("train_type", "out_dataset", "out_dir", "epochs", "steps", "seed", "augm_flag",
-                                      "source")
-                                     if model.meta.get(key) is not None)
+    return [f"{label}: {model.meta.get('train_type', '')}, {how_made(model.meta)}".replace(": ,", ":")
             for label, model in models.items()]
+
+
+def how_made(made: dict) -> str:
+    """What one has to know of a model to compare it, from its meta or its run record."""
+    made = made.get("options", {}) | made
+    kind, epochs = made.get("train_type"), made.get("epochs")
+    parts = [epochs and f"{epochs} epoch{'s' * (epochs > 1)}",
+             made.get("amp") and kind not in ("ODIN", "Maha") and "bf16",
+             made.get("out_dataset") and f"out-distribution {made['out_dataset']} {made.get('out_dir') or ''}".strip(),
+             kind == "ACET" and made.get("steps") and f"{made['steps']} attack steps",
+             kind == "DE" and made.get("members") and f"{made['members']} members",
+             made.get("seed") is not None and f"seed {made['seed']}",
+             made.get("augm_flag") is False and "not augmented",
+             made.get("source")]
+    return ", ".join(filter(None, parts)) or "of unknown origin"
+
+
+def by_making(made: dict[str, dict]) -> dict[str, list[str]]:
+    """label -> meta or run record, turned round: how made -> labels."""
+    ways: dict[str, list[str]] = {}
+    for label, one in made.items():
+        ways.setdefault(how_made(one), []).append(label)
+    return ways
