@@ -160,9 +160,10 @@ def load_mixtures(args, out_name):
         f"fit the mixtures: python gen_gmm.py --dataset {args.dataset} --data_dir {args.data_dir} --PCA "
         f"{int(args.PCA)} --metric {args.metric} --n {args.n} --augm_flag {int(args.augm_flag)} "
         f"--out_dataset {out_name}"))
-    out_dir = args.out_dir if out_name == "Folder" else None
-    for key, wanted in (("dataset", args.dataset), ("metric", name), ("n", args.n), ("out_dataset", out_name),
-                        ("out_dir", out_dir)):
+    wanted_meta = {"dataset": args.dataset, "metric": name, "n": args.n, "out_dataset": out_name}
+    if out_name == "Folder" and "out_dir" in meta:
+        wanted_meta["out_dir"] = args.out_dir
+    for key, wanted in wanted_meta.items():
         if meta.get(key) != wanted:
             raise UserError(f"{path} was fitted with {key} {meta.get(key)}, not {wanted}: run gen_gmm.py with the same "
                             "options, or change them here")
