@@ -524,6 +524,15 @@ def test_a_label_with_a_seed_is_calibrated_on_the_base_of_that_seed(tiny, capsys
     assert all(torch.equal(calibrated[name], value) for name, value in base.items())
 
 
+def test_mixtures_of_another_folder_of_photos_are_refused(tiny, capsys):
+    path = model_paths.mixtures("Digits", "pca", 2, "Folder")
+    gmm_in, gmm_out, meta = files.load_mixtures(model_paths.mixtures("Digits", "pca", 2, "Photos"), "")
+    files.save_mixtures(gmm_in, gmm_out, path, meta | {"out_dataset": "Folder", "out_dir": "here"})
+    with pytest.raises(SystemExit):
+        train(f"{model_paths.LABELS['CCU']} --n 2 --out_dataset Folder --out_dir there")
+    assert "fitted with out_dir here, not there" in capsys.readouterr().err
+
+
 class Killed(Exception):
     pass
 
