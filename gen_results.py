@@ -98,7 +98,7 @@ def show(cell: tuple) -> str:
 
 
 def beside(cell: tuple, theirs: float) -> str:
-    difference = cell[0] - theirs
+    difference = round(cell[0] - theirs, 2) + 0.0       # not -0.00
     return f"{show(cell)} / {percent(theirs)}" + ("" if pd.isna(difference) else f" ({difference:+.2f})")
 
 

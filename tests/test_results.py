@@ -1,0 +1,122 @@
+"""README's results are what the files in results/ say."""
+
+import json
+import re
+import subprocess
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import gen_results
+import model_paths
+from tests.conftest import run_script
+
+ROOT = Path(__file__).parent.parent
+AUC = {"Base": 98.0, "Base-seed1": 98.5, "Base-seed2": 97.1, "CEDA": 99.25, "MCD": 70.0}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A README with the marks, and small tables as the scripts write them, with three seeds of Base."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results").mkdir()
+    Path("README.md").write_text(f"first\n{gen_results.BEGIN}old\n{gen_results.END}last\n")
+    labels = list(AUC)
+    heads = [",".join(["", *(x for x in labels for _ in "12")]), ",".join(["", *["MMC", "AUC"] * len(labels)]),
+             ",".join(["orig", *["99.0", ""] * len(labels)])]
+    rows = [",".join([name, *(x for a in AUC.values() for x in ("50.0", str(a - less)))])
+            for name, less in (("FMNIST", 0), ("GrayCIFAR10-JPEG", 1), ("Uniform", 2))]
+    Path("results/table2_MNIST.csv").write_text("\n".join([*heads, *rows, ""]))
+    table1 = [",," + ",".join(labels), "MNIST,TE,0.5,0.6,0.7,0.8,0.9", "MNIST,MMC,100,99,98,,",
+              "MNIST,SR,100,100,100,100,100"]
+    Path("results/table1_MNIST.csv").write_text("\n".join([*table1, ""]))
+    Path("results/table1_MNIST.txt").write_text("% t\n% command: python gen_attack_stats.py X\n% MNIST: seeds: noise\n")
+    Path("results/table2_MNIST.txt").write_text("% t\n% command: python gen_eval.py Y\n")
+    runs = {label: {"options": {"amp": True, "members": 5}, "train_type": "plain", "epochs": 7, "seed": 3,
+                    "arch": "LeNet", "seconds": 90.0, "threads": 1, "processor": "Abacus", "gpu": None,
+                    "test_error": 0.5 + i / 10}
+            for i, label in enumerate(labels)}
+    runs["MCD"] = {"source": "elsewhere", "arch": "LeNet", "test_error": 0.9}
+    Path("results/table2_MNIST_runs.json").write_text(json.dumps(runs))
+    return tmp_path
+
+
+def test_seeds_become_mean_and_deviation_beside_the_authors(folder):
+    run_script("gen_results.py")
+    written = Path("README.md").read_text()
+    text = re.sub(" +", " ", written)       # without the padding of the columns
+    assert text.startswith(f"first\n{gen_results.BEGIN}### MNIST, LeNet\n")
+    assert text.endswith(f"{gen_results.END}last\n")
+    assert "old" not in text
+    rows = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ") for line in reversed(text.splitlines())
+            if line.startswith("|")}        # reversed: of two tables the first wins
+    values = [AUC["Base"], AUC["Base-seed1"], AUC["Base-seed2"]]
+    base = f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
+    assert rows["AUC FMNIST"] == ["AUC FMNIST", base, "99.25", "70.00"]
+    assert rows["test error"] == ["test error", "0.60 ± 0.10", "0.80", "0.90"]
+    assert rows["adversarial noise MMC"][-1] == "–"
+    # the authors' figures of May 2019 for Base: test error 0.49, FMNIST 97.07, grey CIFAR-10 99.60
+    assert "| AUC FMNIST | 97.87 ± 0.71 / 97.07 (+0.80) | 99.25 / 98.69 (+0.56) |\n" in text
+    assert "| AUC GrayCIFAR10-JPEG | 96.87 ± 0.71 / 99.60 (-2.73) |" in text
+    assert "| test error | 0.60 ± 0.10 / 0.49 (+0.11) |" in text
+    assert "| AUC Uniform | 95.87 ± 0.71 / 91.80 (+4.07) | 97.25 / 100.00 (-2.75) |\n" in text
+    assert "nan" not in text and "| adversarial noise MMC | 99.00 ± 1.00 / 99.97 (-0.97) | – / 95.98 |" in text
+    for said in ("Base, Base-seed1, Base-seed2, CEDA: 7 epochs, bf16, seed 3.", "MCD: elsewhere.",
+                 "Abacus, 1 thread", "Base 1.5", "Attack: seeds: noise",
+                 " python gen_eval.py Y\n", " python gen_attack_stats.py X\n"):
+        assert said in text
+    run_script("gen_results.py")
+    assert Path("README.md").read_text() == written
+
+
+def test_an_ablation_is_shown_with_its_command(folder):
+    Path("results/ablation_X.csv").write_text(",TE,R\nBase,1.0,\nK10,2.0,3.14159\n")
+    Path("results/ablation_X.txt").write_text("% Ablation, X\n% command: python ablation.py\n% note\nlatex\n")
+    text = re.sub(" +", " ", gen_results.results())
+    assert "### Ablation, X\n\nnote.\n\n python ablation.py\n\n" in text and "| K10 | 2.00 | 3.14 |\n" in text
+    assert "| Base | 1.00 | – |\n" in text
+
+
+@pytest.mark.parametrize("spoil, said", [
+    (lambda: Path("README.md").write_text("no marks"), "no lines"),
+    (lambda: Path("README.md").unlink(), "no lines"),
+    (lambda: Path("results/table2_MNIST_runs.json").unlink(), "no table2_MNIST_runs.json"),
+    (lambda: Path("results/table2_MNIST_runs.json").write_text("{"), "no table2_MNIST_runs.json"),
+    (lambda: Path("results/table2_MNIST_runs.json").write_text('{"Base": null}'), "make tables"),
+    (lambda: Path("results/table2_MNIST.csv").write_text(",Base\nFMNIST,98\n"), "make tables"),
+    (lambda: Path("results/table1_MNIST.csv").write_text(",,Base\nMNIST,TE,22.5\nMNIST,SR,1\n"), "different models"),
+    (lambda: Path("results/table1_MNIST.csv").write_text(",,Base\nDigits,TE,0.5\n"), "make tables"),
+    (lambda: Path("results/ablation_X.csv").write_text(",TE\nBase,1.0\n"), "benchmarks/ablation.py"),
+])
+def test_what_is_missing_is_named(spoil, said, folder, capsys):
+    spoil()
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    with pytest.raises(SystemExit) as stop:
+        run_script("gen_results.py")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and said in error and len(error.splitlines()) == 1
+    assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_the_readme_shows_the_results_that_are_committed(tmp_path, monkeypatch):
+    """Not those in the working tree: a user's own tables may lie there."""
+    command = ["git", "-C", ROOT, "archive", "-o", tmp_path / "a.tar", "HEAD", "README.md", "results"]
+    if subprocess.run(command).returncode:
+        pytest.skip("not a git checkout")
+    with tarfile.open(tmp_path / "a.tar") as archive:
+        archive.extractall(tmp_path, filter="data")
+    monkeypatch.chdir(tmp_path)
+    text = Path("README.md").read_text(encoding="utf-8")
+    assert text.split(gen_results.BEGIN)[1].split(gen_results.END)[0] == gen_results.results(), "run: make results"
+
+
+@pytest.mark.parametrize("label, base, options", [
+    ("ODIN", "Base", "--train_type ODIN"),
+    ("ODIN-seed1", "Base-seed1", "--train_type ODIN --seed 1 --label ODIN-seed1"),
+    ("CCUs-seed12", "Base-seed12", f"{model_paths.LABELS['CCUs']} --seed 12 --label CCUs-seed12"),
+])
+def test_labels_with_a_seed(label, base, options):
+    assert model_paths.sibling(label, "Base") == base
+    assert model_paths.options(label) == options
