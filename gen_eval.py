@@ -4,8 +4,8 @@
 
 Evaluates every model under checkpoints/<dataset>/ and writes the table to results/ as .csv and .txt (LaTeX), a
 second one with FPR at 95 % TPR (OOD positive), how the models were trained (_runs.json), and all scores to
-results/backup/.  A model or OOD set that is
-not there is named with the command that gets it.  Seconds on a GPU, a minute or two on a CPU.
+results/backup/.  A model or OOD set that is not there is named with the command that gets it.  Seconds on a GPU, a
+minute or two on a CPU.
 """
 
 import contextlib

@@ -506,8 +506,7 @@ def main(args):
     print(f"\n{report.table()}\n")
     if not args.quick and not args.only:
         record = files.run_record(args)
-        record = {"command": "python benchmarks/run.py", "options": record["options"]} | {
-            key: record[key] for key in ("commit", "time")}
+        record = {key: record[key] for key in ("command", "options", "commit", "time")}
         print(f"wrote {files.write_json(path, record | {'machine': machine, 'figures': report.figures})}")
 
 

@@ -27,7 +27,7 @@ def write(table: pd.DataFrame, stem: str | Path, title: str, notes: list[str]) -
 
 def model_notes(models: dict) -> list[str]:
     """One line a model: how it was made."""
-    return [f"{label}: {model.meta.get('train_type', '')}, {how_made(model.meta)}".replace(": ,", ":")
+    return [f"{label}: " + ", ".join(filter(None, (model.meta.get("train_type"), how_made(model.meta))))
             for label, model in models.items()]
 
 
