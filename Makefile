@@ -53,8 +53,12 @@ digits = $(filter Digits,$(DATASET))
 EPOCHS ?= $(if $(digits),30)
 STEPS ?= $(if $(digits),100,500)
 RESTARTS ?= $(if $(digits),5,50)
-LABELS ?= Base CEDA OE ACET ACET2 CCU CCUs MCD EDL DE GAN ODIN Maha
+KNOWN := Base CEDA OE ACET ACET2 CCU CCUs MCD EDL DE GAN ODIN Maha
+LABELS ?= $(KNOWN)
 MODELS := checkpoints/$(DATASET)
+# what was trained elsewhere and imported has its checkpoint already
+$(foreach label,$(filter-out $(KNOWN) $(KNOWN:%=%-seed%),$(LABELS)),$(if $(wildcard $(MODELS)/$(label).pt),,\
+  $(error LABELS: unknown label $(label); known: $(KNOWN), with other seeds Base-seed1 and so on)))
 MIXTURES := $(MODELS)/gmm/.fitted$(addprefix _,$(OUT_DATASET))
 DATA := $(addprefix --data_dir ,$(DATA_DIR)) $(ARGS)
 OUT := $(addprefix --out_dataset ,$(OUT_DATASET)) $(addprefix --out_dir ,$(OUT_DIR))

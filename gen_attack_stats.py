@@ -7,7 +7,8 @@ confidence stays below 1.1/M.  Every model is attacked in the same balls, inters
 projected gradient ascent on its score.  Rows: TE test error, MMC mean maximal confidence, SR share of attacked points
 that score at least as high as half of the test images, AUC of test images against attacked points.  Writes the table
 to results/ and seeds, radii, samples and scores to results/backup/ (README, "Backups").  torchrun --nproc_per_node=N
-gen_attack_stats.py ... shares the batches of all models out over N processes.
+gen_attack_stats.py ... shares the batches of all models out over N processes.  On two CPU cores the default takes 45
+minutes a LeNet; --steps 100 --restarts 2 is for trying it out.
 
 --certify 1 adds, for models with a certificate: mean and median radius by both bounds, the mean of the certified upper
 bounds on the confidence in the attacked balls, the share of balls where it is at most 1.1/M, and GAUC, the AUROC of
@@ -107,6 +108,7 @@ def describe_balls(args, radii) -> str:
     seeds = f"seeds of {args.load_seeds}" if args.load_seeds else f"seeds: {args.seeds or 'uniform noise'}"
     if args.out_seeds:
         seeds = f"seeds: test draws of {args.out_dataset}"
+    seeds += f"; {args.steps} steps, {args.restarts} start{'s' * (args.restarts > 1)} a seed"
     if args.radius is not None:
         return f"{seeds}; all radii {args.radius:g}"
     return (f"{seeds}; radii of {BALLS[args.fit_out]} by the {args.certificate} certificate at ratio {params.RATIO}: "
@@ -116,6 +118,9 @@ def describe_balls(args, radii) -> str:
 def prepare(dataset: str, args, device):
     """Models, metric, test images, seeds [N, C, H, W] and certified radii [N] of one data set."""
     ball = BALLS[args.fit_out]
+    if ball not in (trained := model_paths.trained(dataset)) and "CCU" in trained:
+        raise UserError(f"there is no {dataset} model {ball}, whose balls are attacked without --fit_out 1: give it to "
+                        f"attack in those of CCU, or make {ball}: {model_paths.command(dataset, ball)}")
     ccu = load_models(dataset, [ball], device)[ball]
     if not isinstance(ccu, CCU):
         raise UserError(f"{model_paths.model(dataset, ball)} is no CCU model and certifies nothing; make one: "
@@ -275,7 +280,8 @@ def parser() -> cli.Parser:
     p.add_argument("--vertical", type=cli.flag, default=False, help="without --wide_format: 1 = data sets below each "
                    "other (0)")
     p.add_argument("--resume", type=cli.flag, default=False, help="1 = go on with an interrupted run (0)")
-    p.add_argument("--output", help="write PATH.csv and PATH.txt (results/table1_<datasets>_<time>)", metavar="PATH")
+    p.add_argument("--output", type=cli.stem, metavar="PATH",
+                   help="write PATH.csv and PATH.txt (results/table1_<datasets>_<time>)")
     return p
 
 

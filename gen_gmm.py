@@ -110,12 +110,12 @@ def make_metric(name: str, X: torch.Tensor) -> PCAMetric:
     except ValueError as error:
         raise UserError(f"{error}: are these the data set's own files?") from error
     s = metric.singular_values
-    floored = (s <= s.min() * 1.0001).sum().item() - 1
-    if floored > len(s) / 2:
-        few = (f"; {len(X)} images span no more than {len(X) - 1} directions, so that new ones will look far away: "
-               "give more images, a smaller --image_size, or --PCA 0" if len(X) <= len(s) else "")
+    floored, few = (s <= s.min() * 1.0001).sum().item() - 1, len(X) <= len(s)
+    if few or floored > len(s) / 2:
+        more = (f"; {len(X)} images span no more than {len(X) - 1} directions, so that new ones will look far away: "
+                "give more images, a smaller --image_size, or --PCA 0" if few else "")
         print(f"warning: {floored} of {len(s)} singular values are at the floor: the images hardly vary in these "
-              f"directions, and any change along them counts as far away{few}", file=sys.stderr)
+              f"directions, and any change along them counts as far away{more}", file=sys.stderr)
     return metric
 
 

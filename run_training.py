@@ -13,6 +13,7 @@ MNIST takes, an epoch on two cores, about 20 s for plain and 40 s for CCU with -
 logs/.
 """
 
+import sys
 import time
 from dataclasses import replace
 
@@ -57,6 +58,8 @@ def main(args):
     out = (load_out(out_name, data, args.data_dir, args.out_dir, seed=args.seed, download=args.download,
                     n=params.CALIBRATION_IMAGES if calibrated else None) if out_name else None)
     files.lock(path)
+    if path.exists() and parallel.rank() == 0:
+        print(f"warning: {path} is there and will be replaced; --label NAME keeps both", file=sys.stderr)
 
     start = time.monotonic()
     epochs, states = args.epochs, []
@@ -126,7 +129,7 @@ def train_network(args, seed, name, state_path, data, out, base, mixtures) -> tu
     logs = model_paths.log_dir(args.dataset, name, time.strftime("%Y%m%d-%H%M%S"))
     model.amp = args.amp
     history = train(model, objective, data, out, augmentation, settings, State(state_path, options, args.resume), logs,
-                    args.verbose)
+                    name, args.verbose)
     model.amp = False
     return model, history
 
@@ -159,7 +162,8 @@ def load_mixtures(args, out_name):
     gmm_in, gmm_out, meta = files.load_mixtures(path, (
         f"fit the mixtures: python gen_gmm.py --dataset {args.dataset} --data_dir {args.data_dir} --PCA "
         f"{int(args.PCA)} --metric {args.metric} --n {args.n} --augm_flag {int(args.augm_flag)} "
-        f"--out_dataset {out_name}"))
+        f"--out_dataset {out_name}" + f" --out_dir {args.out_dir}" * (args.out_dir is not None)
+        + f" --image_size {args.image_size}" * (args.dataset == "Folder")))
     wanted_meta = {"dataset": args.dataset, "metric": name, "n": args.n, "out_dataset": out_name}
     if out_name == "Folder" and "out_dir" in meta:
         wanted_meta["out_dir"] = args.out_dir
@@ -199,15 +203,16 @@ def parser() -> cli.Parser:
     p.add_argument("--augm_flag", type=cli.flag, default=False, help="1 = augment the training images (0)")
     p.add_argument("--arch", choices=tuple(params.NETWORKS), metavar="A", help="LeNet (with Adam) or ResNet18 (with "
                    "SGD) in place of the data set's own; MCD and GAN then take LeNet or VGG13")
-    p.add_argument("--use_gmm", type=cli.flag, help="1 with CEDA_GMM")
+    p.add_argument("--use_gmm", type=cli.flag, help="1 = a CCU; with CEDA_GMM only (1 there, else 0)")
     p.add_argument("--fit_out", type=cli.flag, default=False, help="CEDA_GMM: 1 = two mixtures, 0 = one; ACET: 1 = "
                    "attacks start at out-images, 0 = at uniform noise (0)")
-    p.add_argument("--epochs", type=cli.integer(1), default=params.EPOCHS, help=f"({params.EPOCHS})")
+    p.add_argument("--epochs", type=cli.integer(1), default=params.EPOCHS, help=f"epochs of training ({params.EPOCHS})")
     p.add_argument("--batch_size", type=cli.integer(1), default=params.BATCH_SIZE,
                    help=f"in-images a step; out-images come on top ({params.BATCH_SIZE})")
-    p.add_argument("--lr", type=cli.number(0, open_low=True), help="classifier (Adam 1e-3 on MNIST and Digits "
-                   "and for EDL, 2e-4 for MCD and GAN, SGD 0.1 elsewhere)")
-    p.add_argument("--lr_gmm", type=cli.number(0), default=params.LR_GMM, help=f"mixtures ({params.LR_GMM})")
+    p.add_argument("--lr", type=cli.number(0, open_low=True), help="learning rate of the classifier (Adam 1e-3 with "
+                   "LeNet and for EDL, Adam 2e-4 for MCD and GAN, SGD 0.1 with ResNet18 and for OE)")
+    p.add_argument("--lr_gmm", type=cli.number(0), default=params.LR_GMM,
+                   help=f"learning rate of the mixtures ({params.LR_GMM})")
     p.add_argument("--decay", type=cli.number(0), help=f"weight decay of the classifier ({params.WEIGHT_DECAY}; MCD 0)")
     p.add_argument("--loglam", type=cli.number(-50, 50), default=0.0, help="log p(o)/p(i) (0)")
     p.add_argument("--n", type=cli.integer(1), default=params.CENTROIDS,

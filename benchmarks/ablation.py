@@ -94,7 +94,7 @@ def main(args):
                        "AUC mean": auc[label].mean(), **radii(model, noise, test.floats())}
     table = pd.DataFrame(rows).T.astype(object)
     notes = [f"command: {files.run_record(args)['command']}",
-             f"all models: {tables.how_made(model.meta)}",
+             f"all models: {tables.how_made(model.meta | {'out_dir': args.out_dir})}",
              "R: median radius (tight, ratio 1.1) around uniform noise, in units of the metric; R / distance: its "
              "median share (%) of the distance to the closest test image; R > 0: share of seeds (%)"]
     table = table.where(table.notna(), None)
@@ -118,7 +118,7 @@ def radii(model, noise, test) -> dict:
 def parser() -> cli.Parser:
     p = cli.Parser(__doc__).dataset().out_dataset().common()
     p.add_argument("--name", type=cli.name, help="of the files written (the data set's)")
-    p.add_argument("--epochs", type=cli.integer(1), default=params.EPOCHS, help=f"({params.EPOCHS})")
+    p.add_argument("--epochs", type=cli.integer(1), default=params.EPOCHS, help=f"epochs of training ({params.EPOCHS})")
     p.add_argument("--arch", choices=tuple(params.NETWORKS), metavar="A", help="LeNet or ResNet18")
     p.add_argument("--amp", type=cli.flag, default=False, help="1 = classifier in bf16 (0)")
     p.add_argument("--ood", nargs="+", default=[], metavar="NAME=FOLDER", help="more OOD sets: folders of images")

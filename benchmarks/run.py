@@ -464,7 +464,7 @@ def epochs(report: Report, device: torch.device, quick: bool) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             history = train(model, objective, data, out if label == "CCU" else None,
                             Augmentation(2, "constant", False), settings("ResNet18", 3),
-                            State(Path(scratch, "state"), {}, False), Path(scratch, "logs"))
+                            State(Path(scratch, "state"), {}, False), Path(scratch, "logs"), label)
         seconds = statistics.median(epoch["seconds"] for epoch in history[1:])
         report.add(f"epoch, ResNet18, {label}, bf16, {n} images", seconds, "s", hours_to_100_epochs=seconds / 36)
 
@@ -525,7 +525,7 @@ def parser() -> cli.Parser:
     p = cli.Parser(__doc__).common()
     p.add_argument("--quick", type=cli.flag, default=False, help="1 = few repeats and small sizes, nothing written (0)")
     p.add_argument("--only", nargs="+", choices=SECTIONS, help="some sections only; nothing is written")
-    p.add_argument("--output", help="results/benchmark_<machine>.json", metavar="FILE")
+    p.add_argument("--output", help="where to write (results/benchmark_<machine>.json)", metavar="FILE")
     return p
 
 

@@ -247,6 +247,12 @@ def last_negative(f: Callable[[Tensor], Tensor], high: Tensor, atol: Tensor) -> 
     return low
 
 
+def require_ccu(model) -> None:
+    """TypeError for a model that has no certificate."""
+    if not isinstance(model, CCU):
+        raise TypeError(f"only a CCU certifies anything, not a {type(model).__name__}")
+
+
 def blocks(ccu: CCU, x: Tensor, method: str) -> Iterator[tuple[slice, Balls]]:
     """Slices of the points x [B, ...], such that no tensor has more than BLOCK numbers, and the balls around them."""
     D = ccu.gmm_in.metric.dim
@@ -267,6 +273,7 @@ def confidence_bound(ccu: CCU, x: Tensor, radius: float | Tensor, method: str = 
 
     x [B, ...] in pixel space; radius in units of the metric, one number or [B]; method "tight" or "paper".
     """
+    require_ccu(ccu)
     radius = torch.as_tensor(radius, dtype=torch.float64, device=ccu.loglam.device)
     if radius.shape not in ((), x.shape[:1]) or not (radius.isfinite() & (radius >= 0)).all():
         raise ValueError("radius must be one finite number >= 0, or one for each point")
@@ -282,6 +289,7 @@ def certified_radius(ccu: CCU, x: Tensor, ratio: float = 1.1, method: str = "tig
     confidence_bound(ccu, x, R, method) <= ratio/M holds for the R returned, which is rounded down; 0 where x
     itself exceeds it.  Where every radius holds, R covers the unit cube and all centres.
     """
+    require_ccu(ccu)
     if not 1 < ratio < ccu.classes:
         raise ValueError(f"ratio must lie between 1 and {ccu.classes}, the number of classes, got {ratio}")
     radii = [balls.largest_radius(ratio / ccu.classes) for _, balls in blocks(ccu, x, method)]

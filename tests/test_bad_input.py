@@ -321,8 +321,8 @@ TABLE = [
      mnist(images=gzip.compress(idx((20, 28, 28), bytes(80_000_000)))[:-4] + struct.pack("<I", 16 + 20 * 784),
            gz=".gz")),
     ("gen_gmm.py --dataset MNIST --n 5", ["all images are equal"], mnist()),
-    ("gen_gmm.py --dataset MNIST", ["MNIST is not in data"], mnist(folder="data")),         # in the wrong place
-    ("run_training.py --dataset MNIST --train_type plain", ["MNIST is not in data"], mnist()),      # no test part
+    ("gen_gmm.py --dataset MNIST", ["MNIST is not in the folder data"], mnist(folder="data")),     # in the wrong place
+    ("run_training.py --dataset MNIST --train_type plain", ["not in the folder data"], mnist()),       # no test part
 
     # other data
     (NPY, ["300K", "damaged"], lambda: put("data/300K_random_images.npy")),
@@ -342,7 +342,7 @@ TABLE = [
     ("gen_gmm.py --dataset CIFAR10", ["cifar-10-batches-py", "checksum"],
      lambda: [put(f"data/cifar-10-batches-py/{name}", pickle.dumps(Evil()))
               for name in ("batches.meta", "test_batch", *(f"data_batch_{i}" for i in range(1, 6)))]),
-    ("gen_gmm.py --dataset MNIST --data_dir file", ["MNIST is not in file"], text("file")),
+    ("gen_gmm.py --dataset MNIST --data_dir file", ["MNIST is not in the folder file"], text("file")),
     (f"{EVAL} --ood a=photos", ["photos", "can be read"], text("photos/1.png")),
     (f"{EVAL} --ood a=photos", ["photos", "can be read"],
      text("photos/1.jpg", "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")),

