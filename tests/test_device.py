@@ -1,0 +1,72 @@
+"""The scripts keep to their device, and do not wait for it within their loops: seen on a pretended GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run_script
+from torch.utils import backend_registration
+
+from utils import load_model, out_data
+
+if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
+    pytest.skip("this PyTorch knows no backends in Python", allow_module_level=True)
+
+ROOT = Path(__file__).parent.parent
+TRAIN = "run_training.py --dataset Digits --augm_flag 1 --n 10 --epochs 1 --gpu 0"
+CCU = f"{TRAIN} --train_type CEDA_GMM --fit_out 1"
+
+
+@pytest.fixture(scope="module")
+def pretended(tmp_path_factory):
+    """Run commands on the pretended GPU in one folder; how often each waited."""
+    folder = tmp_path_factory.mktemp("pretend")
+
+    def run(*commands: str) -> list[dict]:
+        done = subprocess.run([sys.executable, "-m", "tests.pretend_gpu", folder / "waits.json", *commands], cwd=folder,
+                              env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, text=True,
+                              capture_output=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads((folder / "waits.json").read_text())
+    run.folder = folder
+    run("gen_gmm.py --dataset Digits --n 10 --data_used 600 --gpu 0", f"{TRAIN} --train_type plain --batch_size 700")
+    return run
+
+
+def test_training_does_not_wait_for_its_steps(pretended):
+    train_types = ("plain", "ACET --steps 2", "CEDA_GMM --fit_out 1", "MCD", "EDL", "GAN")
+    waits = pretended(*(f"{TRAIN} --train_type {train_type} --label X --batch_size {size}" for train_type in train_types
+                        for size in (800, 400)))
+    for train_type, few, many in zip(train_types, waits[::2], waits[1::2], strict=True):
+        assert few == many, train_type
+        assert few["aten::_local_scalar_dense"] < 60, train_type        # once an epoch, for each tensor
+
+
+def test_numbers_are_those_of_the_cpu(pretended, tmp_path, monkeypatch):
+    monkeypatch.setattr(out_data, "CROPS", 2_000)
+    pretended(f"{CCU} --batch_size 400")
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        run_script("gen_gmm.py --dataset Digits --n 10 --data_used 600")
+        run_script(f"{CCU.replace('--gpu 0', '')} --batch_size 400")
+    finally:
+        torch.set_num_threads(threads)
+    here, there = (load_model(folder / "checkpoints/Digits/CCU.pt") for folder in (tmp_path, pretended.folder))
+    for name, value in here.state_dict().items():
+        torch.testing.assert_close(there.state_dict()[name], value, msg=name)
+
+
+def test_tables_attack_and_calibration_keep_to_the_device(pretended):
+    waits = pretended(
+        f"{CCU} --batch_size 700", f"{TRAIN} --train_type DE --members 2 --batch_size 700",
+        f"{TRAIN} --train_type Maha --batch_size 1000", f"{TRAIN} --train_type MCD --batch_size 700",
+        "gen_eval.py --dataset Digits --models Base CCU MCD DE Maha",
+        *(f"gen_attack_stats.py --datasets Digits --fit_out 1 --batches 1 --batch_size 4 --restarts 2 --certify 1 "
+          f"--models Base CCU Maha --steps {steps}" for steps in (3, 9)))
+    assert waits[-2] == waits[-1]           # not once a step
