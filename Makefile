@@ -3,7 +3,7 @@
 #               train whatever is missing, write both tables; -j 4 runs what does not depend on each other side by side;
 #               LABELS="CCU CCU-seed1 CCU-seed2" trains with other seeds too; ARGS="--download 1" is for every script,
 #               TRAIN_ARGS="--amp 1" for run_training.py
-# make results  write README's results from results/
+# make results  write results/README.md and the README's table from results/
 # make figures [DATASET=D]
 #               draw what can be drawn of the models and tables that are there: results/figures/
 # make test     the tests           make check   lint, tests and a short demo, as CI runs them

@@ -1,12 +1,14 @@
-"""Write the README's results: the tables in results/, beside the authors' figures of May 2019.
+"""Write the results into the pages that show them: results/README.md and, MNIST's in short, README.md.
 
     python gen_results.py
 
-Replaces what stands between the two "results" marks of README.md with table2_D.csv and _runs.json, table1_D.csv and
-.txt of each data set D, as `make tables DATASET=D` leaves them in results/, and with all ablation_*.csv and .txt there.
-Models that differ in their seed alone (Base, Base-seed1, ...) become mean ± standard deviation.
+Replaces what stands between the two "results" marks of results/README.md with the tables of each data set D, beside
+the authors' figures of May 2019: table2_D.csv and _runs.json, table1_D.csv and .txt, as `make tables DATASET=D` leaves
+them in results/; then all ablation_*.csv and benchmark_*.json there.  Models that differ in their seed alone (Base,
+Base-seed1, ...) become mean ± standard deviation.
 """
 
+import contextlib
 import csv
 from pathlib import Path
 
@@ -16,37 +18,59 @@ import model_paths
 import params
 from utils import cli, files
 from utils.errors import UserError
-from utils.tables import by_making, percent
+from utils.tables import by_making, percent, significant
 
-README = Path("README.md")
+SHORT = "MNIST", ("Base", "CEDA", "OE", "ACET", "CCUs", "CCU")      # of README.md: data set and, of its labels, these
 BEGIN, END = "<!-- results: written by gen_results.py -->\n", "<!-- end of results -->\n"
+SHORTEST = params.EPOCHS / 20       # a run of fewer epochs compares with no whole one
 AUTHORS = Path(__file__).parent / "results" / "authors_2019-05.csv"
 
 
 def main(args):
-    text = README.read_text(encoding="utf-8") if README.exists() else ""
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise UserError(f"{README} has no lines {BEGIN.strip()} and {END.strip()}: run this where the README is")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    print(f"wrote {files.write_text(README, before + BEGIN + results() + END + after)}")
+    pages = {}
+    for page, make in PAGES.items():
+        text = page.read_text(encoding="utf-8") if page.exists() else ""
+        if text.count(BEGIN) != 1 or text.count(END) != 1:
+            raise UserError(f"{page} has no lines {BEGIN.strip()} and {END.strip()}: run this in the repository")
+        pages[page] = text.split(BEGIN)[0] + BEGIN + make() + END + text.split(END)[1]
+    for page, text in pages.items():
+        print(f"wrote {files.write_text(page, text)}")
+
+
+def short() -> str:
+    """The headline: one data set's figures of the methods that learn from out-images, beside Base."""
+    dataset, labels = SHORT
+    if not table(2, dataset).with_suffix(".csv").exists():
+        return ""
+    with explained(f"{table(2, dataset)}* and {table(1, dataset)}*", "make tables"):
+        figures = over_seeds(read_figures(dataset, read_runs(dataset)))
+        return markdown(figures[[label for label in labels if label in figures]].map(show))
 
 
 def results() -> str:
     """All sections as Markdown."""
     text = ""
     for dataset in params.DATASETS:
-        if (stem := table(2, dataset)).with_suffix(".csv").exists():
-            try:
+        if table(2, dataset).with_suffix(".csv").exists():
+            with explained(f"{table(2, dataset)}* and {table(1, dataset)}*", "make tables"):
                 text += section(dataset)
-            except (KeyError, OSError, TypeError, ValueError) as error:
-                raise UserError(f"{stem}* and {table(1, dataset)}* are not what `make tables` writes "
-                                f"({type(error).__name__} {error}): write them anew, or remove them") from error
     for path in sorted(model_paths.RESULTS.glob("ablation_*.csv")):
-        try:
+        with explained(f"{path} and its .txt", "benchmarks/ablation.py"):
             text += ablation(path)
-        except (KeyError, OSError, TypeError, ValueError) as error:
-            raise UserError(f"{path} is not what benchmarks/ablation.py writes ({error}): remove it") from error
+    for path in sorted(model_paths.RESULTS.glob("benchmark_*.json")):
+        with explained(path, "benchmarks/run.py"):
+            text += speed(path)
     return text
+
+
+@contextlib.contextmanager
+def explained(paths: str | Path, writer: str):
+    """What goes wrong with these files, as one line."""
+    try:
+        yield
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        raise UserError(f"{paths} are not what `{writer}` writes ({type(error).__name__} {error}): write them anew, or "
+                        "remove them") from error
 
 
 def table(number: int, dataset: str) -> Path:
@@ -55,18 +79,27 @@ def table(number: int, dataset: str) -> Path:
 
 def section(dataset: str) -> str:
     """Heading, how the models were made, our figures, ours beside the authors'."""
-    runs = files.load_run(model_paths.table_runs(table(2, dataset)))
-    if not runs:
-        raise OSError(f"no {model_paths.table_runs(table(2, dataset)).name}")
+    runs = read_runs(dataset)
     figures = over_seeds(read_figures(dataset, runs))
     text = f"### {dataset}, {next(iter(runs.values()))['arch']}\n\n{how(dataset, runs)}\n" + markdown(figures.map(show))
     authors = read_authors(dataset)
     rows = [row for row in figures.index if published(row) in authors.index]
     both = {label: [beside(figures.loc[row, label], authors.loc[published(row), label]) for row in rows]
             for label in figures if label in authors}
-    if both and rows:
-        text += "\nOurs / the authors' of May 2019 (difference):\n\n" + markdown(pd.DataFrame(both, rows))
+    if both and rows and any((runs[label].get("epochs") or params.EPOCHS) < SHORTEST for label in both):
+        text += f"\nToo few epochs to compare with the authors' figures of May 2019, of {params.EPOCHS} epochs.\n"
+    elif both and rows:
+        text += (f"\nOurs / the authors' of May 2019, of {params.EPOCHS} epochs (difference):\n\n"
+                 + markdown(pd.DataFrame(both, rows)))
     return text + "\n"
+
+
+def read_runs(dataset: str) -> dict:
+    """label -> how it was trained."""
+    path = model_paths.table_runs(table(2, dataset))
+    if not (runs := files.load_run(path)):
+        raise OSError(f"no {path.name}")
+    return runs
 
 
 def read_figures(dataset: str, runs: dict) -> pd.DataFrame:
@@ -123,9 +156,9 @@ def how(dataset: str, runs: dict) -> str:
     """How the models were made, how long it took, where; the attack's balls; the commands."""
     lines = [f"{', '.join(labels)}: {way}." for way, labels in by_making(runs).items()]
     timed = {label: run for label, run in runs.items() if "seconds" in run}
-    machines = sorted({f"{run.get('gpu') or run.get('processor') or 'CPU'}, {run['threads']} "
-                       f"thread{'s' * (run['threads'] > 1)}" for run in timed.values()})
-    lines.append(f"Minutes of training ({'; '.join(machines)}): "
+    machines = {f"{run.get('gpu') or run.get('processor') or 'CPU'}, {run['threads']} "
+                f"thread{'s' * (run['threads'] > 1)}" for run in timed.values()}
+    lines.append(f"Minutes of training ({'; '.join(sorted(machines))}): "
                  + ", ".join(f"{label} {run['seconds'] / 60:.1f}" for label, run in timed.items()) + ".")
     notes = [line.removeprefix("% ") for number in (1, 2) if (path := Path(f"{table(number, dataset)}.txt")).exists()
              for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("% ")]
@@ -144,6 +177,18 @@ def ablation(path: Path) -> str:
             + markdown(pd.read_csv(path, index_col=0).map(percent)) + "\n")
 
 
+def speed(path: Path) -> str:
+    """What benchmarks/run.py measured on one machine."""
+    record = files.load_run(path)
+    machine = record["machine"]
+    rows = {f["name"]: (f"{significant(f['value'])} {f['unit']}", significant(f["baseline"]), significant(f["ratio"]),
+                        f["target"] or "", {True: "yes", False: "no", None: ""}[f["met"]]) for f in record["figures"]}
+    table = pd.DataFrame(rows, ["measured", "baseline", "ratio", "target", "met"]).T
+    return (f"### Speed, {machine['gpu'] or machine['processor']}, {machine['threads']} threads\n\n"
+            f"PyTorch {machine['torch']}, commit {record['commit']}, {record['time']}.\n\n    {record['command']}\n\n"
+            + markdown(table) + "\n")
+
+
 def markdown(table: pd.DataFrame) -> str:
     """In columns of one width, to be read as it stands too."""
     rows = [["", *table.columns], *table.reset_index().to_numpy()]
@@ -152,6 +197,9 @@ def markdown(table: pd.DataFrame) -> str:
     return "".join(f"| {row[0]:<{widths[0]}} | " + " | ".join(f"{cell:>{width}}" for cell, width in
                                                              zip(row[1:], widths[1:], strict=True)) + " |\n"
                    for row in rows)
+
+
+PAGES = {Path("README.md"): short, model_paths.RESULTS / "README.md": results}
 
 
 def parser() -> cli.Parser:

@@ -44,6 +44,7 @@ from utils.evaluation import evaluate
 from utils.fit import em, fit_gmm, kmeans_start
 from utils.objectives import CEDA, CEDA_GMM, Plain
 from utils.state import State
+from utils.tables import significant
 from utils.torchvision_guard import datasets
 from utils.training import Settings, make_optimizer, train
 
@@ -69,10 +70,8 @@ class Report:
         print(json.dumps(figure | self.machine), flush=True)
 
     def table(self) -> str:
-        def number(value):
-            return "" if value is None else f"{value:,.4g}" if abs(value) < 1e5 else f"{value:,.0f}"
         rows = [("figure", "value", "unit", "baseline", "ratio", "target", "met")]
-        rows += [(f["name"], number(f["value"]), f["unit"], number(f["baseline"]), number(f["ratio"]),
+        rows += [(f["name"], significant(f["value"]), f["unit"], significant(f["baseline"]), significant(f["ratio"]),
                   f["target"] or "", {True: "yes", False: "no", None: ""}[f["met"]]) for f in self.figures]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

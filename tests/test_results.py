@@ -1,4 +1,4 @@
-"""README's results are what the files in results/ say."""
+"""The pages' results are what the files in results/ say."""
 
 import json
 import re
@@ -19,10 +19,11 @@ AUC = {"Base": 98.0, "Base-seed1": 98.5, "Base-seed2": 97.1, "CEDA": 99.25, "MCD
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A README with the marks, and small tables as the scripts write them, with three seeds of Base."""
+    """Pages with the marks, and small tables as the scripts write them, with three seeds of Base."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "results").mkdir()
-    Path("README.md").write_text(f"first\n{gen_results.BEGIN}old\n{gen_results.END}last\n")
+    for page in gen_results.PAGES:
+        page.write_text(f"first\n{gen_results.BEGIN}old\n{gen_results.END}last\n")
     labels = list(AUC)
     heads = [",".join(["", *(x for x in labels for _ in "12")]), ",".join(["", *["MMC", "AUC"] * len(labels)]),
              ",".join(["orig", *["99.0", ""] * len(labels)])]
@@ -45,7 +46,7 @@ def folder(tmp_path, monkeypatch):
 
 def test_seeds_become_mean_and_deviation_beside_the_authors(folder):
     run_script("gen_results.py")
-    written = Path("README.md").read_text()
+    first, written = (page.read_text() for page in gen_results.PAGES)
     text = re.sub(" +", " ", written)       # without the padding of the columns
     assert text.startswith(f"first\n{gen_results.BEGIN}### MNIST, LeNet\n")
     assert text.endswith(f"{gen_results.END}last\n")
@@ -67,8 +68,20 @@ def test_seeds_become_mean_and_deviation_beside_the_authors(folder):
                  "Abacus, 1 thread", "Base 1.5", "Attack: seeds: noise",
                  " python gen_eval.py Y\n", " python gen_attack_stats.py X\n"):
         assert said in text
+    short = re.sub(" +", " ", first)
+    assert short.startswith(f"first\n{gen_results.BEGIN}| | Base | CEDA |\n")
+    assert short.endswith(f"{gen_results.END}last\n")
+    assert f"| AUC FMNIST | {base} | 99.25 |\n" in short and "old" not in short
     run_script("gen_results.py")
-    assert Path("README.md").read_text() == written
+    assert [page.read_text() for page in gen_results.PAGES] == [first, written]
+
+
+def test_one_epoch_is_not_compared_with_a_hundred(folder):
+    runs = json.loads(Path("results/table2_MNIST_runs.json").read_text())
+    runs["CEDA"]["epochs"] = 1
+    Path("results/table2_MNIST_runs.json").write_text(json.dumps(runs))
+    text = gen_results.results()
+    assert "Too few epochs to compare" in text and "97.07" not in text
 
 
 def test_an_ablation_is_shown_with_its_command(folder):
@@ -79,9 +92,21 @@ def test_an_ablation_is_shown_with_its_command(folder):
     assert "| Base | 1.00 | – |\n" in text
 
 
+def test_a_benchmark_is_shown_with_its_targets(folder):
+    figures = [{"name": "a / b", "value": 1234.5, "unit": "ms", "baseline": 1000.0, "ratio": 1.2345, "target": "<= 1.3",
+                "met": True}, {"name": "c", "value": 0.5, "unit": "h", "baseline": None, "ratio": None, "target": None,
+                               "met": None}]
+    Path("results/benchmark_x.json").write_text(json.dumps(
+        {"command": "python run.py", "commit": "abc", "time": "t", "machine": {
+            "gpu": None, "processor": "Abacus", "threads": 2, "torch": "3.0"}, "figures": figures}))
+    text = re.sub(" +", " ", gen_results.results())
+    assert "### Speed, Abacus, 2 threads\n" in text and " python run.py\n" in text
+    assert "| a / b | 1,234 ms | 1,000 | 1.234 | <= 1.3 | yes |\n" in text and "| c | 0.5 h | | | | |\n" in text
+
+
 @pytest.mark.parametrize("spoil, said", [
     (lambda: Path("README.md").write_text("no marks"), "no lines"),
-    (lambda: Path("README.md").unlink(), "no lines"),
+    (lambda: Path("results/README.md").unlink(), "no lines"),
     (lambda: Path("results/table2_MNIST_runs.json").unlink(), "no table2_MNIST_runs.json"),
     (lambda: Path("results/table2_MNIST_runs.json").write_text("{"), "no table2_MNIST_runs.json"),
     (lambda: Path("results/table2_MNIST_runs.json").write_text('{"Base": null}'), "make tables"),
@@ -89,6 +114,7 @@ def test_an_ablation_is_shown_with_its_command(folder):
     (lambda: Path("results/table1_MNIST.csv").write_text(",,Base\nMNIST,TE,22.5\nMNIST,SR,1\n"), "different models"),
     (lambda: Path("results/table1_MNIST.csv").write_text(",,Base\nDigits,TE,0.5\n"), "make tables"),
     (lambda: Path("results/ablation_X.csv").write_text(",TE\nBase,1.0\n"), "benchmarks/ablation.py"),
+    (lambda: Path("results/benchmark_x.json").write_text('{"figures": []}'), "benchmarks/run.py"),
 ])
 def test_what_is_missing_is_named(spoil, said, folder, capsys):
     spoil()
@@ -108,8 +134,9 @@ def test_the_readme_shows_the_results_that_are_committed(tmp_path, monkeypatch):
     with tarfile.open(tmp_path / "a.tar") as archive:
         archive.extractall(tmp_path, filter="data")
     monkeypatch.chdir(tmp_path)
-    text = Path("README.md").read_text(encoding="utf-8")
-    assert text.split(gen_results.BEGIN)[1].split(gen_results.END)[0] == gen_results.results(), "run: make results"
+    for page, make in gen_results.PAGES.items():
+        text = page.read_text(encoding="utf-8")
+        assert text.split(gen_results.BEGIN)[1].split(gen_results.END)[0] == make(), "run: make results"
 
 
 @pytest.mark.parametrize("label, base, options", [

@@ -12,6 +12,11 @@ def percent(value: float | None) -> str:
     return "–" if pd.isna(value) else f"{value:.2f}"
 
 
+def significant(value: float | None) -> str:
+    """Four digits or, of large numbers, all before the point; empty where there is none."""
+    return "" if value is None else f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
 def show(table: pd.DataFrame, title: str) -> None:
     print(f"\n{title}\n{table.map(percent).to_string()}")
 
