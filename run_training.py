@@ -38,6 +38,9 @@ CALIBRATED = {"ODIN": ("temperature", "eps"), "Maha": ("eps",)}     # on Base, n
 def main(args):
     device = cli.device(args.gpu)
     check(args)
+    if args.amp and not cli.has_bf16(device):
+        print("warning: this machine only imitates bf16 arithmetic: training with --amp 1 is slower than without",
+              file=sys.stderr)
     label = args.label or model_paths.label(args.train_type, args.fit_out)
     path = model_paths.model(args.dataset, label)
     calibrated = args.train_type in CALIBRATED

@@ -181,7 +181,7 @@ def make_step(kind: str, arch: str, amp: bool, device: torch.device):
 def steps(report: Report, device: torch.device, quick: bool) -> None:
     """ccu_step / ceda_step, and naive_ccu_step / ccu_step with their memory."""
     for arch in NETWORKS:
-        for amp in (False, True):
+        for amp in (False, True) if cli.has_bf16(device) else (False,):
             kinds = {kind: make_step(kind, arch, amp, device) for kind in ("ceda", "ccu")}
             often = 3 if quick else {"LeNet": 41, "ResNet18": 7}[arch] if device.type == "cpu" else 100
             took = interleaved(kinds, often, device)

@@ -108,3 +108,14 @@ def test_a_run_leaves_its_record(digits_run):
     assert record["history"][0]["smallest_var_out"] >= 4 * record["history"][0]["largest_var_in"]
     assert all(math.isfinite(value) for epoch in record["history"] for value in epoch.values())
     assert "run_training.py" in record["command"] and record["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("known, slow", [({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, True),
+                                         ({"avx512_bf16": False, "amx_bf16": True}, False), ({"bf16": True}, False),
+                                         ({}, False)])
+def test_amp_without_bf16_arithmetic_says_that_it_is_slower(known, slow, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):     # there is no MNIST here
+        run_script("run_training.py --dataset MNIST --train_type plain --amp 1 --gpu -1")
+    assert ("warning: this machine only imitates bf16" in capsys.readouterr().err) == slow

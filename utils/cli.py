@@ -170,6 +170,14 @@ def device(gpu: int | None) -> torch.device:
     return torch.device("cuda", gpu)
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device computes in bf16 itself; True where PyTorch does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    return not known or any(value for name, value in known.items() if "bf16" in name)
+
+
 def run(main, parser: Parser, several: bool = False) -> None:
     """Parse, call main(args), and turn what is the user's to mend into one line and exit code 2.
 
