@@ -168,12 +168,15 @@ def stepper(model, objective, arch: str, device: torch.device):
 KINDS = {"ceda": CEDA, "ccu": CEDA_GMM, "naive_ccu": NaiveCCU}
 
 
-def make_step(kind: str, arch: str, amp: bool, device: torch.device):
-    model = make_ccu(arch, device)
+def make_step(kind: str, arch: str, amp: bool, device: torch.device, compiled: str | None = None):
+    """compiled: a mode of torch.compile, in which the whole loss is computed."""
+    model, objective = make_ccu(arch, device), KINDS[kind]()
     if kind == "ceda":
         model = Softmax(model.base_model)
     model.amp = amp
-    return stepper(model, KINDS[kind](), arch, device)
+    if compiled:
+        objective.loss = torch.compile(objective.loss, mode=compiled)
+    return stepper(model, objective, arch, device)
 
 
 # --- the figures -----------------------------------------------------------------------------------------------------
@@ -200,6 +203,22 @@ def steps(report: Report, device: torch.device, quick: bool) -> None:
         if None not in memory.values():
             report.add(f"memory of a step, {arch}", memory["ccu"] / 2 ** 20, "MiB", memory["naive_ccu"] / 2 ** 20,
                        memory["ccu"] / memory["naive_ccu"], most=0.25)
+
+
+def compiled(report: Report, device: torch.device, quick: bool) -> None:
+    """Whether torch.compile and, on a GPU, CUDA graphs ("reduce-overhead") would pay: run_training.py uses neither."""
+    amp = device.type == "cuda"
+    for arch in ("LeNet",) if quick else NETWORKS:
+        for mode in ("default", "reduce-overhead") if amp else ("default",):
+            try:
+                took = interleaved({"plain": make_step("ccu", arch, amp, device),
+                                    "compiled": make_step("ccu", arch, amp, device, mode)},
+                                   repeats(arch, device, quick), device)
+            except torch._dynamo.exc.BackendCompilerFailed as error:        # no C++ compiler, say
+                print(f"compiled, {mode}: {str(error).splitlines()[0]}", file=sys.stderr)
+                continue
+            report.add(f"compiled ccu_step / ccu_step, {arch}, {mode}{', bf16' * amp}", 1e3 * took["compiled"], "ms",
+                       1e3 * took["plain"], took["compiled"] / took["plain"])
 
 
 def peak_of_step(kind: str, arch: str, gpu: int | None) -> int | None:
@@ -490,7 +509,7 @@ def processes(report: Report, device: torch.device, quick: bool) -> None:
     report.add("epoch of CCU on Digits, two processes", seconds[1], "s", seconds[0], seconds[0] / seconds[1], on=on)
 
 
-SECTIONS = ("steps", "loader", "attacks", "certificates", "gmm_fits", "evaluation", "epochs", "processes")
+SECTIONS = ("steps", "compiled", "loader", "attacks", "certificates", "gmm_fits", "evaluation", "epochs", "processes")
 
 
 def main(args):
