@@ -28,7 +28,8 @@ With p(x|o) = 1 (single mixture) both methods are U(R), exact for each k.
 
 All is float64 and reduces to squared distances between x0, mu_k and nu_l.  Rounding goes to the safe side:
 with unit roundoff u and sums of n terms, z is off by at most u n |V/sqrt(s)|_F |x|, which is added to R;
-a squared distance by u n (|a| + |b|)^2, which times the precisions is added to log b (`slack`).
+a squared distance by u n (|a| + |b|)^2, which times the precisions is added to log b (`slack`), or to the square
+itself where its root counts (log_L_terms, length).
 """
 
 import copy
@@ -99,7 +100,7 @@ class Balls:
             self.log_out = m.log_c_out - self.d2_out / 2 * m.prec_out           # log beta_l N_l(x0)
             self.prec_out, log_c = m.prec_out.max(), log_c + m.log_c_out.abs().max()
             farthest = torch.maximum(farthest, self.d2_out.amax(1))
-        self.size = 3 * farthest.sqrt()                 # [B] >= |a| + |b| in every centred product
+        self.size = 4 * farthest.sqrt()                 # [B] >= |a| + |b| in every centred product
         self.reach = m.frobenius * x.norm(dim=1) + m.reach                      # [B] >= |z_x0| + |z_centre|
         self.z_error = EPS * m.terms * self.reach                               # [B]
         self.log_error = EPS * m.terms * (log_c + m.loglam.abs())
@@ -123,8 +124,10 @@ class Balls:
         return (self.m.log_c_in - nearest.square() / 2 * self.m.prec_in).logsumexp(1)
 
     def log_L_terms(self, R: Tensor) -> Tensor:
-        """log beta_l e_l exp( -(d(x0, nu_l) + R)^2 / 2 theta_l^2 )  [B, L]."""
-        return self.m.log_c_out - (self.d2_out.sqrt() + R[:, None]).square() / 2 * self.m.prec_out
+        """log beta_l e_l exp( -(d(x0, nu_l) + R)^2 / 2 theta_l^2 )  [B, L], with d rounded up."""
+        # near nu_l the root of d^2's small error is large, and is multiplied by R
+        error = EPS * self.m.terms * self.size.square()[:, None]
+        return self.m.log_c_out - ((self.d2_out + error).sqrt() + R[:, None]).square() / 2 * self.m.prec_out
 
     def log_L(self, R: Tensor) -> Tensor:
         """log L(R), the logarithm of the sum over l [B]; 0 for the single mixture."""

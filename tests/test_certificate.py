@@ -384,6 +384,46 @@ def test_rounding_is_on_the_safe_side(seed):
             assert 0.109 < exact <= mpmath.mpf(bounds[i].item()) <= 0.11
 
 
+def test_rounding_beside_a_centroid_of_the_out_mixture_is_on_the_safe_side():
+    """Points of the ball that are more likely under p(x|i), in 50 digits: d(x0, nu) is tiny, and its error is not."""
+    D, var_in, var_out = 12, 0.25, 1.0
+    shares = torch.logspace(-9, -4, 8, dtype=torch.float64)[:, None]        # of the way from nu_0 to mu
+    checked = 0
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        metric = PCAMetric(torch.linalg.qr(torch.randn(D, D, generator=generator))[0], torch.logspace(0, -3, D))
+        mu, nu = torch.rand(1, D, generator=generator), torch.rand(2, D, generator=generator)
+        nu[1] = nu[0] + 100 * torch.randn(D, generator=generator)           # far off: centring cancels nothing
+        x = nu[:1].double() + shares * (mu - nu[:1]).double()
+        with mpmath.workdps(50):
+            V, s, points, centres = (mpmath.matrix(t.double().tolist()) for t in (
+                metric.comp_vecs, metric.singular_values, x, torch.cat((mu, nu))))
+            logvars = [mpmath.mpf(torch.tensor(math.log(var)).item()) for var in (var_in, var_out, var_out)]
+            log_alphas = [mpmath.mpf(a) for a in (0.0, *torch.full((2,), -math.log(2)).tolist())]
+
+            def log_joint(point, k, V=V, s=s, centres=centres, logvars=logvars, log_alphas=log_alphas):
+                z = [(V[j, :] * (point - centres[k, :].T))[0] / mpmath.sqrt(s[j]) for j in range(D)]
+                d2 = mpmath.fsum(value ** 2 for value in z)
+                return log_alphas[k] - D * logvars[k] / 2 - d2 / 2 * mpmath.exp(-logvars[k]), mpmath.sqrt(d2)
+            for R in (0.5, 2.0):
+                log_odds = []
+                for i in range(len(x)):
+                    point, target = points[i, :].T, centres[0, :].T
+                    point += (target - point) * min(R / log_joint(point, 0)[1], 1)      # R towards mu
+                    log_out = mpmath.log(mpmath.fsum(mpmath.exp(log_joint(point, k)[0]) for k in (1, 2)))
+                    log_odds.append(log_joint(point, 0)[0] - log_out)
+                ccu = CCU(Sure(10), GMM(mu, torch.tensor([math.log(var_in)]), torch.zeros(1), metric),
+                          GMM(nu, torch.full((2,), math.log(var_out)), torch.full((2,), -math.log(2)), metric),
+                          float(log_odds[0]), 10)
+                for method in ("paper", "tight"):
+                    bounds = confidence_bound(ccu, x, R, method)
+                    for bound, odds in zip(bounds.tolist(), log_odds, strict=True):
+                        b = mpmath.exp(odds - mpmath.mpf(ccu.loglam.item()))
+                        assert mpmath.mpf(1) / 10 + mpmath.mpf(9) / 10 * b / (1 + b) <= bound
+                        checked += 1
+    assert checked == 96
+
+
 # The radius
 
 
