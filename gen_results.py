@@ -86,7 +86,8 @@ def section(dataset: str) -> str:
     rows = [row for row in figures.index if published(row) in authors.index]
     both = {label: [beside(figures.loc[row, label], authors.loc[published(row), label]) for row in rows]
             for label in figures if label in authors}
-    if both and rows and any((runs[label].get("epochs") or params.EPOCHS) < SHORTEST for label in both):
+    epochs = [run.get("epochs") for label, run in runs.items() if model_paths.without_seed(label) in both]
+    if both and rows and any(number and number < SHORTEST for number in epochs):
         text += f"\nToo few epochs to compare with the authors' figures of May 2019, of {params.EPOCHS} epochs.\n"
     elif both and rows:
         text += (f"\nOurs / the authors' of May 2019, of {params.EPOCHS} epochs (difference):\n\n"

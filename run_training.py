@@ -71,7 +71,7 @@ def main(args):
         epochs = base.meta.get("epochs")
     elif args.train_type == "DE":
         states = [model_paths.training_state(path, i) for i in range(args.members)]
-        if not args.resume:
+        if not args.resume and parallel.rank() == 0:
             for state in states:
                 state.unlink(missing_ok=True)
         # seed 0: 0, 1, ...; seed 1 goes on from there

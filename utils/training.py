@@ -92,8 +92,6 @@ def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet |
         start = time.monotonic() - seconds
         model.train()
         objective.start_epoch(epoch)
-        if (size := parallel.world_size()) > 1:     # dropout differs from process to process; known when resumed
-            torch.manual_seed((settings.seed * settings.epochs + epoch) * size + parallel.rank())
         at_start = {name: generators[name].get_state() for name in ("in", "out")}
         outs = endless(out, out_batch, generators["out"], augmentation) if out is not None else None
         bar = tqdm(batches(data, settings.batch_size, generators["in"], augmentation), total=steps, leave=False,
@@ -105,6 +103,8 @@ def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet |
             z = next(outs)[:len(x) * objective.out_batch_ratio] if outs is not None else None
             if step < done:
                 continue
+            if (size := parallel.world_size()) > 1:     # dropout differs from process to process; known when resumed
+                torch.manual_seed(((settings.seed * settings.epochs + epoch) * steps + step) * size + parallel.rank())
             loss, scalars = objective(model, x, y, z, generators["noise"])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
