@@ -15,7 +15,6 @@ bounds on the confidence in the attacked balls, the share of balls where it is a
 the test images' scores against these bounds, which no attack in the balls can lower.
 """
 
-import hashlib
 import math
 import shutil
 import sys
@@ -29,8 +28,10 @@ from tqdm import tqdm
 import model_paths
 import params
 from models import CCU, certified_radius, confidence_bound
+from models.certificate import METHODS
 from utils import cli, evaluation, files, parallel, tables
 from utils.attack import attack
+from utils.backups import ATTACK
 from utils.data import KNOWN_OOD, load_in_dist, load_ood
 from utils.errors import UserError
 from utils.out_data import load_out, resolve
@@ -87,7 +88,7 @@ def main(args):
         notes += [f"{label}: the attack climbed log(confidence - 1/M), which increases with the score and is not flat"
                   for label, model in models.items() if isinstance(model, CCU)]
         written.append(files.save({
-            "format": "CCU attack, version 1", "record": files.run_record(args, seconds=time.monotonic() - start),
+            "format": ATTACK, "record": files.run_record(args, seconds=time.monotonic() - start),
             "dataset": dataset, "seeds": seeds, "radii": radii, "models": result,
             "meta": {label: model.meta for label, model in models.items()},
             "scores_in": {label: scores_in.cpu() for label, (_, scores_in) in tested.items()},
@@ -157,7 +158,7 @@ def prepare(dataset: str, args, device):
 
 def load_seeds(path: str, dataset: str, shape: tuple[int, ...]) -> torch.Tensor:
     """The seeds [N, C, H, W] of a backup; UserError if they are no images of this shape in [0, 1]."""
-    seeds = files.load(path, "CCU attack, version 1", "give a file of results/backup").get("seeds")
+    seeds = files.load(path, ATTACK, "give a file of results/backup").get("seeds")
     if not isinstance(seeds, torch.Tensor) or seeds.dtype != torch.float32 or seeds.dim() != 4 or not len(seeds):
         raise UserError(f"{path} is damaged: its seeds are no images")
     if tuple(seeds.shape[1:]) != shape:
@@ -173,7 +174,7 @@ def same_metric(a, b) -> bool:
 
 def attack_batch(label, model, metric, b, x, r, path, args, device) -> None:
     """Worst samples and their scores of batch b, seeds x and radii r; kept in `path`, for --resume 1 too."""
-    generator = torch.Generator(device).manual_seed(args.seed * 1000 + b)
+    generator = torch.Generator().manual_seed(args.seed * 1000 + b)
     state = State(path.with_suffix(".state"), {}, resume=True)
     with tqdm(desc=f"{label}, batch {b + 1}", total=args.steps, leave=False, disable=None) as bar:
         found = attack(model, metric, x.to(device), r.to(device), args.steps, args.restarts, args.alpha, generator,
@@ -195,12 +196,8 @@ def merge(paths) -> dict:
 
 def unit_folder(dataset, label, model, metric, seeds, radii, args):
     """Where a model's finished batches are kept: named after all that decides them, emptied unless --resume 1."""
-    digest = hashlib.sha256()
-    for part in (dataset, label, args.steps, args.restarts, args.alpha, args.batch_size, args.seed):
-        digest.update(f"{part};".encode())
-    for tensor in (seeds, radii, *metric.state_dict().values(), *model.state_dict().values()):
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    folder = model_paths.attack_units(dataset, label, digest.hexdigest())
+    folder = model_paths.attack_units(dataset, label, files.digest(
+        dataset, label, args.steps, args.restarts, args.alpha, args.batch_size, args.seed, seeds, radii, metric, model))
     files.lock(folder)
     if folder.exists() and not args.resume and parallel.rank() == 0:
         shutil.rmtree(folder)
@@ -226,10 +223,10 @@ def statistics(model, log_p, scores_in, attacked, labels) -> dict:
 
 def certify(model, seeds, radii, scores_in) -> dict:
     """What the certificate alone says of the balls that were attacked; None for models that have none."""
-    names = [f"R {which} {method}" for method in ("paper", "tight") for which in ("mean", "median")]
+    names = [f"R {which} {method}" for method in METHODS for which in ("mean", "median")]
     if not isinstance(model, CCU):
         return dict.fromkeys([*names, "bound", "share", "GAUC"])
-    certified = [certified_radius(model, seeds, params.RATIO, method=method) for method in ("paper", "tight")]
+    certified = [certified_radius(model, seeds, params.RATIO, method=method) for method in METHODS]
     bound = confidence_bound(model, seeds, radii.to(seeds.device))
     return {**dict(zip(names, (f(r).item() for r in certified for f in (torch.mean, torch.median)), strict=True)),
             "bound": 100 * bound.mean().item(),
@@ -259,7 +256,7 @@ def parser() -> cli.Parser:
     p.image_size().out_dataset()
     p.add_argument("--models", nargs="+", metavar="LABEL", help="labels (all that are trained)")
     p.add_argument("--fit_out", type=cli.flag, default=False, help="radii from CCU (1) or from CCUs (0)")
-    p.add_argument("--certificate", choices=("paper", "tight"), default="paper", help="which bound gives the radii; "
+    p.add_argument("--certificate", choices=METHODS, default="paper", help="which bound gives the radii; "
                    "paper is what the published figures used (paper)")
     p.add_argument("--steps", type=cli.integer(1), default=500, help="gradient steps (500)")
     p.add_argument("--restarts", type=cli.integer(1), default=50, help="starts per seed, the first at the seed (50)")

@@ -4,7 +4,8 @@
 
 Evaluates every model under checkpoints/<dataset>/ and writes the table to results/ as .csv and .txt (LaTeX), a
 second one with FPR at 95 % TPR (OOD positive), how the models were trained (_runs.json), and all scores to
-results/backup/.  A model or OOD set that is not there is named with the command that gets it.  On two CPU
+results/backup/.  What is not there is named: OOD sets with ways to get them, models
+with the command that trains the first.  On two CPU
 cores a LeNet takes seconds, a ResNet18 some eight minutes.
 """
 
@@ -18,6 +19,7 @@ import pandas as pd
 import model_paths
 import params
 from utils import cli, evaluation, files, tables
+from utils.backups import SCORES
 from utils.data import load_in_dist, load_ood, load_ood_folder
 from utils.errors import MissingData, UserError
 from utils.out_data import FIXED, load_out
@@ -65,7 +67,7 @@ def main(args):
     written = tables.write(table, stem, title, notes) + tables.write(fpr, f"{stem}_fpr95", title_fpr, notes)
     written.append(files.write_json(model_paths.table_runs(stem), runs(args.dataset, models, test_errors)))
     written.append(files.save({
-        "format": "CCU scores, version 1", "record": files.run_record(args), "dataset": args.dataset,
+        "format": SCORES, "record": files.run_record(args), "dataset": args.dataset,
         "test_error": test_errors, "meta": {label: model.meta for label, model in models.items()},
         "scores": {f"{label}/{name}": value.cpu() for (label, name), value in scores.items()}}, backup))
     print("", *(f"wrote {path}" for path in written), sep="\n")

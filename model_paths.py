@@ -95,7 +95,7 @@ def log_dir(dataset: str, label: str, stamp: str) -> Path:
 
 def attack_units(dataset: str, label: str, digest: str) -> Path:
     """The folder of a running attack's finished batches; `digest` stands for all that decides them."""
-    return BACKUP / f".attack_{dataset}_{label}_{digest[:16]}"
+    return BACKUP / f".attack_{dataset}_{label}_{digest}"
 
 
 def backup(stem: str | Path, dataset: str | None = None) -> Path:

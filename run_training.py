@@ -128,7 +128,10 @@ def train_network(args, seed, name, state_path, data, out, base, mixtures) -> tu
                         first(args.decay, method.weight_decay, params.WEIGHT_DECAY), tuple(args.grad_vars),
                         args.epochs, args.batch_size, seed)
     augmentation = Augmentation.of(defaults) if args.augm_flag else None
-    options = {key: value for key, value in vars(args).items() if key not in ("gpu", "resume", "debug", "verbose")}
+    options = {key: value for key, value in vars(args).items()
+               if key not in ("gpu", "resume", "debug", "verbose", "download")}
+    if mixtures:
+        options["gmm_path"] = f"of {files.digest(*mixtures[:2])}"       # the file may have been written anew
     logs = model_paths.log_dir(args.dataset, name, time.strftime("%Y%m%d-%H%M%S"))
     model.amp = args.amp
     history = train(model, objective, data, out, augmentation, settings, State(state_path, options, args.resume), logs,

@@ -42,7 +42,7 @@ from torch import Tensor
 from models.ccu import CCU
 from models.gmm import squared_distances
 
-METHODS = ("tight", "paper")
+METHODS = ("paper", "tight")
 RADII = (0, 0.25, 0.5, 0.75, 1, 1.5)        # for which mixed_weights are made, in distances to the nearest mu_k
 BLOCK = 2 ** 19                             # numbers in a tensor
 RELATIVE = 1e-9                             # of certified_radius

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 def halvings(size: int) -> int:
-    """How often an image is halved until it is at most 7 x 7 (28 -> 7, 32 -> 4)."""
+    """How often an image is halved until its side is odd or at most 7 (28 -> 7, 32 -> 4)."""
     return 0 if size <= 7 or size % 2 else 1 + halvings(size // 2)
 
 

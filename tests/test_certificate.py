@@ -1,11 +1,7 @@
-"""The certificates hold, against random points, gradient ascent, grids and published formulas in numpy.
-
-`python -m tests.test_certificate` prints the gap of both methods to the true maximum, and the speed.
-"""
+"""The certificates hold, against random points, gradient ascent, grids and published formulas in numpy."""
 
 import copy
 import math
-import time
 
 import mpmath
 import numpy as np
@@ -516,34 +512,3 @@ def test_the_model_is_left_alone():
 def test_wrong_arguments_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(make_ccu(0), torch.rand(4, 2))
-
-
-# `python -m tests.test_certificate`
-
-
-def log_excess(radius: float, ccu: CCU, x: torch.Tensor, method: str) -> float:
-    """log b at `radius` less the logarithm of 0.1 / (10 - 1.1): smoother than the confidence, kinder to brentq."""
-    bound = confidence_bound(ccu, x, radius, method)
-    return float(((bound - 0.1) / (1 - bound)).log() - math.log(0.1 / 8.9)) if bound < 1 else 1e3
-
-
-def benchmark(n=1000, D=784, K=100):
-    """Gaps in two dimensions, and seconds for n points against brentq on the same bound, point by point."""
-    for variances in VARIANCES:
-        for method, gap in gaps(variances, examples=20).items():
-            print(f"gap of log b, D = 2, {variances:7} {method}: median {gap.median():.3f}, "
-                  f"90 % {gap.quantile(0.9):.3f}")
-    ccu = make_ccu(0, D=D, K=K, L=K)
-    x = 3 * torch.randn(n, D)                           # far out, where every radius is positive
-    for method in ("paper", "tight"):
-        start = time.perf_counter()
-        certified_radius(ccu, x, method=method)
-        ours = (time.perf_counter() - start) / n
-        start = time.perf_counter()
-        for point in x[:3].split(1):
-            brentq(log_excess, 0, 1e3, args=(ccu, point, method), rtol=1e-9)
-        print(f"{method}: {n * ours:.2f} s for {n} points; brentq {(time.perf_counter() - start) / 3 / ours:.0f} times")
-
-
-if __name__ == "__main__":
-    benchmark()

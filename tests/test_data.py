@@ -96,23 +96,28 @@ def test_augment_draws():
 
 
 def test_batches():
-    source = random_set(21, 1, 8)
+    source = random_set(22, 1, 8)
     in_order = list(batches(source, 4))
     assert torch.equal(torch.cat([x for x, _ in in_order]), source.images.float() / 255)
-    assert torch.cat([y for _, y in in_order]).tolist() == list(range(21))
-    assert [len(x) for x, _ in in_order] == [4] * 5 + [1]
-    assert [len(x) for x, _ in batches(source, 4, drop_last=True)] == [4] * 5
-    assert list(batches(source, 30, drop_last=True)) == []
+    assert torch.cat([y for _, y in in_order]).tolist() == list(range(22))
+    assert [len(x) for x, _ in in_order] == [4] * 5 + [2]
 
     g = generator()
     first, second = (list(batches(source, 4, g, Augmentation(1, "edge", True))) for _ in range(2))
     labels = [torch.cat([y for _, y in epoch]).tolist() for epoch in (first, second)]
-    assert sorted(labels[0]) == sorted(labels[1]) == list(range(21)) and labels[0] != labels[1]
+    assert sorted(labels[0]) == sorted(labels[1]) == list(range(22)) and labels[0] != labels[1]
     again = list(batches(source, 4, generator(), Augmentation(1, "edge", True)))
     assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(first, again, strict=True))
     for x, y in batches(source, 4, generator()):   # images keep their labels
         assert torch.equal(x, source.floats(y))
     assert next(batches(random_set(3, labelled=False), 2))[1] is None
+
+
+@pytest.mark.parametrize("n, batch_size, sizes", [(9, 4, [4, 4]), (10, 4, [4, 4, 2]), (8, 4, [4, 4]), (3, 1, [1] * 3),
+                                                  (1, 4, [1])])
+def test_no_image_is_alone_in_the_last_batch_of_a_shuffled_epoch(n, batch_size, sizes):
+    assert [len(x) for x, _ in batches(random_set(n), batch_size, generator())] == sizes
+    assert sum(len(x) for x, _ in batches(random_set(n), batch_size)) == n      # but every one is evaluated
 
 
 @pytest.mark.parametrize("n", [3, 10, 64, 333])

@@ -104,6 +104,18 @@ def test_a_model_of_other_classes_is_refused(in_folder, capsys, tmp_path):
     assert "trained on the classes blue, green, red, not on cars, ships, trains" in capsys.readouterr().err
 
 
+def test_a_class_without_a_readable_image_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "test"):
+        write_images(tmp_path / "images" / split, 2, COLOURS, 0)
+    for path in (tmp_path / "images/train/green").iterdir():
+        path.write_bytes(b"no image")
+    with pytest.raises(SystemExit) as stopped:
+        run_script(f"run_training.py {DATA} --train_type plain")
+    assert stopped.value.code == 2
+    assert "no image of images/train/green can be read" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_few_images_for_the_metric_are_pointed_out(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_images(tmp_path / "images" / "train", 8, COLOURS, 0)

@@ -537,6 +537,22 @@ class Killed(Exception):
     pass
 
 
+def test_a_killed_run_does_not_go_on_with_other_mixtures(tiny, monkeypatch, capsys):
+    ccu = model_paths.LABELS["CCU"] + " --n 2"
+    with monkeypatch.context() as patch:
+        patch.setattr(run_training, "evaluate", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(ccu)
+    path = model_paths.mixtures("Digits", "pca", 2, "Photos")
+    gmm_in, gmm_out, meta = files.load_mixtures(path, "")
+    with torch.no_grad():
+        gmm_in.mu[0, 0] += 1e-3
+    files.save_mixtures(gmm_in, gmm_out, path, meta)
+    with pytest.raises(SystemExit):
+        train(ccu + " --resume 1")
+    assert "start without --resume" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("method, after", [("MCD", 4), ("GAN", 4), ("DE --members 2", 3), ("DE --members 2", 11)])
 def test_a_killed_run_goes_on_to_the_same_weights(method, after, tiny, monkeypatch):
     """Dropout, the GAN's two networks and their optimisers, and an ensemble killed in its 1st or 2nd member.

@@ -232,7 +232,7 @@ def attack(detector: Detector, metric: PCAMetric, seeds: Tensor, radii: Tensor, 
         raise ValueError("the detector must be in evaluation mode")
     if radii.shape != (B,) or not (radii >= 0).all() or not ((seeds >= 0) & (seeds <= 1)).all():
         raise ValueError("seeds must lie in [0, 1], with one radius >= 0 each")
-    base = torch.randint(2 ** 62, (1,), generator=generator, device=generator.device if generator else None).item()
+    base = torch.randint(2 ** 62, (1,), generator=generator).item()
     evaluations = told = 0
 
     def objective(x: Tensor) -> Tensor:

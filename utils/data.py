@@ -160,18 +160,20 @@ def _augmented(data: ImageSet, order: torch.Tensor, batch_size: int, generator: 
         yield from zip(x, y, strict=True)
 
 
+def epoch_length(n: int, batch_size: int) -> int:
+    """How many of n images a shuffled epoch takes: all, but none alone in the last batch, where a batch norm fails."""
+    return n - 1 if n > batch_size > 1 and n % batch_size == 1 else n
+
+
 def batches(data: ImageSet, batch_size: int, generator: torch.Generator | None = None,
-            augmentation: Augmentation | None = None,
-            drop_last: bool = False) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+            augmentation: Augmentation | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
     """One epoch of (x float32 [B, C, H, W] in [0, 1], y int64 [B] or None); in order without a generator.
 
     The generator's state at the start determines the whole epoch.
     """
     device = data.images.device
     order = torch.arange(len(data), device=device) if generator is None else \
-        torch.randperm(len(data), generator=generator, device=device)
-    if drop_last:
-        order = order[: len(data) - len(data) % batch_size]
+        torch.randperm(len(data), generator=generator, device=device)[:epoch_length(len(data), batch_size)]
     yield from _augmented(data, order, batch_size, generator, augmentation)
 
 
@@ -368,4 +370,6 @@ def _folder(split: str, root: Path, size: int) -> ImageSet:
              for path in list_images(root / split / c)]
     images, kept = read_images([path for path, _ in files], channels, size, what=str(root / split))
     labels = torch.tensor([label for _, label in files])[kept]
+    if split == "train" and (empty := set(range(len(classes))) - set(labels.tolist())):
+        raise UserError(f"no image of {root}/train/{classes[min(empty)]} can be read: mend them, or remove the folder")
     return ImageSet("Folder", images, labels, len(classes), tuple(classes))

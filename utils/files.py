@@ -4,6 +4,7 @@ A checkpoint holds tensors and plain values: {"format", "spec", "state", "meta"}
 """
 
 import glob
+import hashlib
 import json
 import os
 import pickle
@@ -128,7 +129,8 @@ def check_writable(*paths: str | Path) -> None:
         try:
             if path.is_dir():
                 raise UserError(f"can't write {path}: it is a folder; give the name of a file in it, {path / 'NAME'}")
-            path.with_name(f".{path.name}.temporary").exists()      # raises where the name is too long
+            with suppress(FileNotFoundError, NotADirectoryError):
+                os.stat(path.with_name(f".{path.name}.temporary"))      # raises where the name is too long
             folder = path.parent
             while not folder.exists():
                 folder = folder.parent
@@ -225,6 +227,17 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> models.D
     except Exception as error:
         raise UserError(f"{path} does not hold a model of ours: {_first_line(error)[:200]}") from error
     return model.to(device)
+
+
+def digest(*parts) -> str:
+    """16 letters that stand for modules' weights, tensors and what can be printed."""
+    found = hashlib.sha256()
+    for part in parts:
+        tensors = part.state_dict().values() if isinstance(part, torch.nn.Module) else [part]
+        for item in tensors:
+            found.update(item.detach().cpu().contiguous().numpy().tobytes() if isinstance(item, torch.Tensor)
+                         else f"{item};".encode())
+    return found.hexdigest()[:16]
 
 
 def check_state_dict(state) -> None:

@@ -1,7 +1,7 @@
 """Out-distributions: the images a model learns to be uncertain on.
 
-Train and test parts of each never share an image, so that a choice made on the test part (ODIN, Maha) is not
-made on what a network was trained on.
+Train and test parts of each never share an image, so that attacks from test draws (--out_seeds) start at images that no
+network was trained on.
 """
 
 import hashlib

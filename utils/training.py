@@ -11,7 +11,7 @@ from tqdm import tqdm
 import params
 from models import CCU, Detector
 from utils import parallel
-from utils.data import Augmentation, ImageSet, batches, endless
+from utils.data import Augmentation, ImageSet, batches, endless, epoch_length
 from utils.errors import UserError
 from utils.objectives import Objective
 from utils.state import State
@@ -84,10 +84,11 @@ def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet |
         history, done, seconds = saved["history"], saved["step"], saved["seconds"]
         totals = {scalar: value.to(device) for scalar, value in saved["totals"].items()}
         print(f"resumed after epoch {len(history)}, step {done}")
-    steps = math.ceil(len(data) / settings.batch_size)
+    images = epoch_length(len(data), settings.batch_size)
+    steps = math.ceil(images / settings.batch_size)
     out_batch = min(settings.batch_size, len(data)) * objective.out_batch_ratio
     main = parallel.rank() == 0
-    writer = SummaryWriter(str(log_dir), purge_step=len(history)) if main else None
+    writer = SummaryWriter(str(log_dir)) if main else None
     for epoch in range(len(history), settings.epochs):
         start = time.monotonic() - seconds
         model.train()
@@ -121,7 +122,7 @@ def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet |
                     break
                 _save(state, model, objective, optimizer, generators, at_start, history=history, step=step + 1,
                       totals=totals, seconds=time.monotonic() - start)
-        means = {scalar: (value / len(data)).item() for scalar, value in totals.items()}
+        means = {scalar: (value / images).item() for scalar, value in totals.items()}
         if not _finite(model, totals):
             if main:
                 writer.close()

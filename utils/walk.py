@@ -7,9 +7,9 @@ from torch import Tensor
 
 import params
 from models import CCU, Detector, certified_radius, confidence_bound
+from models.certificate import METHODS
+from utils.attack import distances
 from utils.errors import UserError
-
-METHODS = ("paper", "tight")
 
 
 @dataclass
@@ -33,10 +33,9 @@ def walk(models: dict[str, Detector], label: str, image: Tensor, noise: Tensor, 
         raise UserError(f"{label} is no CCU model and certifies nothing; choose CCU or CCUs")
     t = torch.linspace(0, 1, n).square().view(-1, 1, 1, 1)
     images = (1 - t) * image + t * noise                                        # [n, C, H, W]
-    z = ccu.gmm_in.metric.transform(images).double()
-    to_noise = (z - z[-1]).norm(dim=1)
-    around = noise.expand_as(images)
-    return Walk(images, (z - z[0]).norm(dim=1),
+    around, metric = noise.expand_as(images), ccu.gmm_in.metric
+    to_noise = distances(metric, images, around)
+    return Walk(images, distances(metric, images, image.expand_as(images)),
                 {name: model(images).amax(1).double().exp() for name, model in models.items()},
                 {method: confidence_bound(ccu, around, to_noise, method) for method in METHODS},
                 {method: certified_radius(ccu, images, params.RATIO, method) for method in METHODS})
