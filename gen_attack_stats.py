@@ -29,7 +29,7 @@ import model_paths
 import params
 from models import CCU, certified_radius, confidence_bound
 from models.certificate import METHODS
-from utils import cli, evaluation, files, parallel, tables
+from utils import cli, evaluation, files, parallel, records, tables
 from utils.attack import attack
 from utils.backups import ATTACK
 from utils.data import KNOWN_OOD, load_in_dist, load_ood
@@ -53,7 +53,7 @@ def main(args):
     files.check_writable(stem, f"{stem}.csv", *backups.values(), model_paths.BACKUP / ".attack")
     jobs = {dataset: prepare(dataset, args, device) for dataset in args.datasets}      # all checks before any work
     files.lock(stem)
-    rows, notes, written, finished = {}, [f"command: {files.run_record(args)['command']}"], [], []
+    rows, notes, written, finished = {}, [f"command: {records.of(args)['command']}"], [], []
     for dataset, (models, metric, test, seeds, radii) in jobs.items():
         if args.models is None:
             name_untrained(dataset)
@@ -88,7 +88,7 @@ def main(args):
         notes += [f"{label}: the attack climbed log(confidence - 1/M), which increases with the score and is not flat"
                   for label, model in models.items() if isinstance(model, CCU)]
         written.append(files.save({
-            "format": ATTACK, "record": files.run_record(args, seconds=time.monotonic() - start),
+            "format": ATTACK, "record": records.of(args, seconds=time.monotonic() - start),
             "dataset": dataset, "seeds": seeds, "radii": radii, "models": result,
             "meta": {label: model.meta for label, model in models.items()},
             "scores_in": {label: scores_in.cpu() for label, (_, scores_in) in tested.items()},

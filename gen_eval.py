@@ -18,7 +18,7 @@ import pandas as pd
 
 import model_paths
 import params
-from utils import cli, evaluation, files, tables
+from utils import cli, evaluation, files, records, tables
 from utils.backups import SCORES
 from utils.data import load_in_dist, load_ood, load_ood_folder
 from utils.errors import MissingData, UserError
@@ -56,7 +56,7 @@ def main(args):
     metric = ("AP", evaluation.average_precision) if args.aupr else ("AUC", evaluation.auroc)
     table = make_table(models, sets, scores, metric, not args.drop_mmc)
     fpr = make_table(models, sets, scores, ("FPR95", evaluation.fpr95), False)
-    notes = [f"command: {files.run_record(args)['command']}",
+    notes = [f"command: {records.of(args)['command']}",
              "test error (%): " + ", ".join(f"{label} {error:.2f}" for label, error in test_errors.items()),
              *tables.model_notes(models), "average precision and FPR at 95 % TPR: OOD is the positive class"]
     title = f"Table 2, {args.dataset}: {metric[0]}{'' if args.drop_mmc else ' and mean maximal confidence'} (%)"
@@ -67,7 +67,7 @@ def main(args):
     written = tables.write(table, stem, title, notes) + tables.write(fpr, f"{stem}_fpr95", title_fpr, notes)
     written.append(files.write_json(model_paths.table_runs(stem), runs(args.dataset, models, test_errors)))
     written.append(files.save({
-        "format": SCORES, "record": files.run_record(args), "dataset": args.dataset,
+        "format": SCORES, "record": records.of(args), "dataset": args.dataset,
         "test_error": test_errors, "meta": {label: model.meta for label, model in models.items()},
         "scores": {f"{label}/{name}": value.cpu() for (label, name), value in scores.items()}}, backup))
     print("", *(f"wrote {path}" for path in written), sep="\n")
@@ -77,7 +77,7 @@ def runs(dataset, models, test_errors) -> dict:
     """label -> run record without the epochs' history; of a model that was not trained here what it says of itself."""
     made = {}
     for label, model in models.items():
-        record = files.load_run(model_paths.run_record(model_paths.model(dataset, label)))
+        record = records.load(model_paths.run_record(model_paths.model(dataset, label)))
         if record.get("test_error") != model.meta.get("test_error"):      # of another model, which stood here before
             record = {}
         record.pop("history", None)

@@ -16,7 +16,7 @@ import pandas as pd
 
 import model_paths
 import params
-from utils import cli, files
+from utils import cli, files, records
 from utils.errors import UserError
 from utils.tables import by_making, percent, significant
 
@@ -98,7 +98,7 @@ def section(dataset: str) -> str:
 def read_runs(dataset: str) -> dict:
     """label -> how it was trained."""
     path = model_paths.table_runs(table(2, dataset))
-    if not (runs := files.load_run(path)):
+    if not (runs := records.load(path)):
         raise OSError(f"no {path.name}")
     return runs
 
@@ -180,7 +180,7 @@ def ablation(path: Path) -> str:
 
 def speed(path: Path) -> str:
     """What benchmarks/run.py measured on one machine."""
-    record = files.load_run(path)
+    record = records.load(path)
     machine = record["machine"]
     rows = {f["name"]: (f"{significant(f['value'])} {f['unit']}", significant(f["baseline"]), significant(f["ratio"]),
                         f["target"] or "", {True: "yes", False: "no", None: ""}[f["met"]]) for f in record["figures"]}

@@ -22,7 +22,7 @@ import torch
 import model_paths
 import params
 from models import CCU, DE, EDL, MCD, Detector, Softmax, build_classifier
-from utils import cli, files, objectives, parallel
+from utils import cli, files, objectives, parallel, records
 from utils.calibration import calibrate
 from utils.data import Augmentation, load_in_dist
 from utils.errors import UserError
@@ -106,7 +106,7 @@ def main(args):
     files.save_model(model, path, meta)
     # the epochs' own times count those before an interruption too
     seconds = time.monotonic() - start if calibrated else sum(e["seconds"] for h in histories for e in h)
-    record = files.run_record(args, **meta, seconds=seconds, history=history)
+    record = records.of(args, **meta, seconds=seconds, history=history)
     files.write_json(model_paths.run_record(path), record)
     for state in states:
         state.unlink(missing_ok=True)

@@ -24,7 +24,7 @@ import torch  # noqa: E402
 import model_paths  # noqa: E402
 import params  # noqa: E402
 from models import CCU, certified_radius  # noqa: E402
-from utils import cli, files, tables  # noqa: E402
+from utils import cli, files, records, tables  # noqa: E402
 from utils.data import load_in_dist  # noqa: E402
 from utils.errors import UserError  # noqa: E402
 
@@ -93,7 +93,7 @@ def main(args):
         rows[label] = {"TE": model.meta["test_error"], **auc[label].rename(lambda ood: f"AUC {ood}"),
                        "AUC mean": auc[label].mean(), **radii(model, noise, test.floats())}
     table = pd.DataFrame(rows).T.astype(object)
-    notes = [f"command: {files.run_record(args)['command']}",
+    notes = [f"command: {records.of(args)['command']}",
              f"all models: {tables.how_made(model.meta | {'out_dir': args.out_dir})}",
              "R: median radius (tight, ratio 1.1) around uniform noise, in units of the metric; R / distance: its "
              "median share (%) of the distance to the closest test image; R > 0: share of seeds (%)"]

@@ -36,7 +36,7 @@ from scipy.special import logsumexp
 
 import params
 from models import CCU, GMM, PCAMetric, Softmax, build_classifier, certified_radius
-from utils import cli, files
+from utils import cli, files, records
 from utils.attack import Region, ascend, attack, score_and_gradient
 from utils.data import Augmentation, ImageSet, batches, load_in_dist
 from utils.errors import MissingData
@@ -523,13 +523,13 @@ def main(args):
         globals()[section](report, device, args.quick, *more)
     print(f"\n{report.table()}\n")
     if not args.quick and not args.only:
-        record = files.run_record(args)
+        record = records.of(args)
         record = {key: record[key] for key in ("command", "options", "commit", "time")}
         print(f"wrote {files.write_json(path, record | {'machine': machine, 'figures': report.figures})}")
 
 
 def describe(device: torch.device) -> dict:
-    return {"processor": files.processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+    return {"processor": records.processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None, "torch": torch.__version__,
             "python": platform.python_version()}
 

@@ -167,6 +167,7 @@ def device(gpu: int | None) -> torch.device:
                         f"{'leave --gpu out' if count < 2 else f'choose 0 to {count - 1}'}, or give -1 for the CPU")
     if several:
         torch.cuda.set_device(gpu)
+    torch.backends.cudnn.benchmark = True       # shapes hardly vary: its fastest convolutions are worth finding
     return torch.device("cuda", gpu)
 
 

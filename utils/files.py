@@ -8,12 +8,7 @@ import hashlib
 import json
 import os
 import pickle
-import platform
-import re
-import shutil
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -33,7 +28,6 @@ try:
 except ImportError:     # Windows: no locks
     fcntl = None
 
-ROOT = Path(__file__).resolve().parent.parent
 MODEL, MIXTURES = "CCU model, version 1", "CCU mixtures, version 1"
 # bytes; the largest of ours, a ResNet18 with two mixtures at 32x32x3, has 90 MB
 LARGEST = 4 * 2 ** 30
@@ -288,42 +282,6 @@ def load_mixtures(path: str | Path, mend: str) -> tuple[models.GMM, models.GMM, 
         return *gmms, dict(saved["meta"])
     except Exception as error:
         raise UserError(f"{path} does not hold mixtures of ours: {_first_line(error)[:200]}; {mend}") from error
-
-
-def run_record(args, **more) -> dict:
-    """What a run needs to be repeated: command, resolved options, commit, versions, machine."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], text=True, capture_output=True,
-                            cwd=ROOT).stdout.strip() if _has_git() else ""
-    on_gpu = torch.cuda.is_available() and args.gpu != -1
-    gpu = torch.cuda.get_device_name(args.gpu or 0) if on_gpu else None
-    script = Path(sys.argv[0]).resolve()
-    script = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
-    record = {"command": " ".join(["python", str(script), *sys.argv[1:]]), "options": vars(args),
-              "commit": commit or None, "time": time.strftime("%Y-%m-%d %H:%M:%S"),
-              "python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads(),
-              "processor": processor(), "gpu": gpu, "processes": parallel.world_size(), **more}
-    return json.loads(json.dumps(record, default=str))      # plain values only, whatever they were
-
-
-def load_run(path: Path) -> dict:
-    """What `run_record` gave; nothing where there is no readable one."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
-
-
-def processor() -> str:
-    """Its model name, where the system tells."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists() and (found := re.search(r"model name\s*: (.*)", cpuinfo.read_text())):
-        return found.group(1)
-    return platform.processor() or platform.machine()
-
-
-def _has_git() -> bool:
-    return shutil.which("git") is not None and (ROOT / ".git").exists()
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,0 +1,52 @@
+"""The record that a run leaves: what it takes to repeat it, and on which machine it was made."""
+
+import json
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from utils import parallel
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def of(args, **more) -> dict:
+    """What a run needs to be repeated: command, resolved options, commit, versions, machine."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], text=True, capture_output=True,
+                            cwd=ROOT).stdout.strip() if _has_git() else ""
+    on_gpu = torch.cuda.is_available() and args.gpu != -1
+    gpu = torch.cuda.get_device_name(args.gpu or 0) if on_gpu else None
+    script = Path(sys.argv[0]).resolve()
+    script = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
+    record = {"command": " ".join(["python", str(script), *sys.argv[1:]]), "options": vars(args),
+              "commit": commit or None, "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+              "python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads(),
+              "processor": processor(), "gpu": gpu, "processes": parallel.world_size(), **more}
+    return json.loads(json.dumps(record, default=str))      # plain values only, whatever they were
+
+
+def load(path: Path) -> dict:
+    """What `of` gave; nothing where there is no readable one."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def processor() -> str:
+    """Its model name, where the system tells."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists() and (found := re.search(r"model name\s*: (.*)", cpuinfo.read_text())):
+        return found.group(1)
+    return platform.processor() or platform.machine()
+
+
+def _has_git() -> bool:
+    return shutil.which("git") is not None and (ROOT / ".git").exists()
