@@ -512,6 +512,8 @@ def test_every_label_is_one_command(label, tiny):
     assert type(model).__name__ == {"CCU": "CCU", "CCUs": "CCU"}.get(
         label, label if label in ("MCD", "EDL", "DE", "ODIN", "Maha") else "Softmax")
     assert model.base_model.spec["arch"] == "LeNetDropout" if label == "MCD" else True
+    if label in ("CCU", "CCUs"):
+        assert (model.gmm_out is None) == (label == "CCUs")
 
 
 def test_a_label_with_a_seed_is_calibrated_on_the_base_of_that_seed(tiny, capsys):
