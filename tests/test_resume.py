@@ -1,0 +1,101 @@
+"""--resume 1 keeps what the same options made, and nothing else; tables speak of the models that are there."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run_script
+
+import gen_attack_stats
+import gen_gmm
+from utils import files, load_model, save_model, tables
+from utils.attack import AttackResult
+from utils.out_data import load_out
+
+
+@pytest.fixture
+def work(digits_run, tmp_path, monkeypatch):
+    """A copy of the small Digits run to work in."""
+    shutil.copytree(digits_run / "checkpoints", tmp_path / "checkpoints")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def attacks(monkeypatch):
+    """The models that are attacked, one a batch; the attack finds nothing but the seeds."""
+    calls = []
+
+    def idle(model, metric, seeds, radii, *more, **options):
+        calls.append(type(model).__name__)
+        return AttackResult(seeds, model.attack_score(seeds), torch.zeros(len(seeds)))
+    monkeypatch.setattr(gen_attack_stats, "attack", idle)
+    return calls
+
+
+def test_a_killed_attack_keeps_batches_of_the_same_options_and_weights_alone(work, attacks, monkeypatch):
+    """Seeds are loaded and radii given, so that these stay the same whatever else changes."""
+    files.save({"format": "CCU attack, version 1", "seeds": torch.rand(6, 1, 28, 28)}, "seeds.pt")
+    monkeypatch.setattr(tables, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))     # after all batches
+
+    def attacked(changes=""):
+        attacks.clear()
+        with pytest.raises(SystemExit):
+            run_script("gen_attack_stats.py --datasets Digits --fit_out 1 --load_seeds seeds.pt --radius 1 --steps 5 "
+                       f"--restarts 2 --batch_size 4 --output t --resume 1 {changes}")
+        return attacks
+    assert attacked() == ["Softmax", "Softmax", "CCU", "CCU"] and attacked() == []
+    for changes in ("--steps 6", "--restarts 3", "--alpha 2", "--seed 1", "--batch_size 3", "--radius 2"):
+        assert len(attacked(changes)) == 4, changes
+    assert attacked() == []
+    base = load_model("checkpoints/Digits/Base.pt")
+    base.base_model.fc2.bias.data[0] += 1e-3
+    save_model(base, "checkpoints/Digits/Base.pt")
+    assert attacked() == ["Softmax", "Softmax"]
+    files.save({"format": "CCU attack, version 1", "seeds": torch.rand(6, 1, 28, 28)}, "seeds.pt")
+    assert len(attacked()) == 4
+    assert len(attacked("--resume 0")) == 4
+
+
+@pytest.mark.parametrize("part", ["comp_vecs", "singular_values"])
+def test_certify_refuses_a_model_of_another_metric(part, work, attacks, capsys):
+    other = load_model("checkpoints/Digits/CCU.pt")
+    buffer = getattr(other.gmm_in.metric, part)
+    buffer.copy_(buffer.flip(0) if part == "comp_vecs" else buffer * 1.01)
+    save_model(other, "checkpoints/Digits/other.pt")
+    command = ("gen_attack_stats.py --datasets Digits --fit_out 1 --batches 1 --batch_size 2 --models CCU other "
+               "--output t")
+    with pytest.raises(SystemExit) as stop:
+        run_script(command + " --certify 1")
+    assert stop.value.code == 2 and "the metrics of other and CCU differ" in capsys.readouterr().err and not attacks
+    run_script(command + " --certify 0")
+
+
+def test_mixtures_of_other_options_are_fitted_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gen_gmm, "load_out", lambda *args, **options: load_out(*args, **options | {"n": 60}))
+    fit, calls = gen_gmm.fit_gmm, []
+    monkeypatch.setattr(gen_gmm, "fit_gmm", lambda *args: (calls.append(1), fit(*args))[1])
+
+    def fitted(changes=""):
+        calls.clear()
+        run_script(f"gen_gmm.py --dataset Digits --PCA 0 --n 2 --data_used 50 --resume 1 {changes}")
+        return len(calls)
+    assert fitted() == 2 and fitted() == 0
+    for changes in ("--reg_covar 0.5", "--seed 1", "--augm_flag 1", "--data_used 40"):
+        assert fitted(changes) == 2 and fitted(changes) == 0, changes
+    fitted("--reg_covar 0.5")
+    gmms = files.load_mixtures(next(Path("checkpoints/Digits/gmm").glob("*.pt")), "")[:2]
+    assert all((gmm.logvar.exp() >= 0.5).all() for gmm in gmms)
+
+
+def test_the_record_of_a_model_that_was_replaced_is_left_out(work):
+    base = load_model("checkpoints/Digits/Base.pt")
+    save_model(base, "checkpoints/Digits/Base.pt", base.meta | {"test_error": 99.0})
+    run_script("gen_eval.py --dataset Digits --output t")
+    runs = json.loads(Path("t_runs.json").read_text())
+    assert "--train_type CEDA_GMM" in runs["CCU"]["command"] and runs["CCU"]["seconds"] > 0
+    assert not {"command", "options", "seconds"} & set(runs["Base"])
+    assert runs["Base"]["train_type"] == "plain" and runs["Base"]["test_error"] < 50       # as measured for the table
