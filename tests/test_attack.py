@@ -172,6 +172,17 @@ def test_starts_are_uniform_in_the_ball():
     assert torch.equal(unit_ball(123, [5, 7], 3), unit_ball(123, [7, 5], 3).flip(0))
 
 
+def test_the_first_start_of_each_seed_is_the_seed_itself():
+    """With one step a start each takes its only gradient where it starts."""
+    starts, net = [], small_net(6)
+    watched = Function(lambda x: (starts.append(x.detach()) if x.requires_grad else None, net.attack_score(x))[1])
+    seeds = seeds_of(3, 6)
+    attack(watched, random_metric(6, 10, 0), seeds, torch.ones(3), steps=1, restarts=4, generator=gen(0), batch=6)
+    first, *others = torch.cat(starts).split(3)
+    assert torch.equal(first, seeds.flatten(1)) and len(others) == 3
+    assert all((other != first).any(1).all() for other in others)
+
+
 @pytest.mark.parametrize("f", [
     lambda x: x.sum(1) * 0,                                             # flat
     lambda x: (x.sum(1) - 100).clamp_min(0),                            # flat, gradient exactly 0

@@ -3,13 +3,18 @@
 import numpy as np
 import pytest
 import torch
+from conftest import run_script
 from scipy.stats import Covariance, multivariate_normal
 from sklearn.decomposition import PCA
 from sklearn.mixture import GaussianMixture
 
+import gen_gmm
 from models import CCU, GMM, LeNet, PCAMetric
 from models.gmm import squared_distances
+from utils import files
+from utils.data import load_in_dist
 from utils.fit import Fit, em, fit_gmm, kmeans_start
+from utils.out_data import load_out
 
 
 def random_gmm(D, K, seed=0, dtype=torch.float64):
@@ -164,3 +169,42 @@ def test_far_field_is_uniform_where_the_classifier_is_certain():
         x = directions.reshape(-1, 1, 28, 28)
         assert (model(x).exp() - 0.1).abs().max() < 1e-6
         assert model.log_softmax(x).exp().amax(1).max() > 0.9
+
+
+# --- through gen_gmm.py --------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def few_out(tmp_path, monkeypatch):
+    """gen_gmm.py in an empty folder, with 60 out-images; those."""
+    out = load_out("Photos", load_in_dist("Digits", "train", "data"), "data", n=60)
+    monkeypatch.setattr(gen_gmm, "load_out", lambda *args, **options: out)
+    monkeypatch.chdir(tmp_path)
+    return out
+
+
+@pytest.mark.parametrize("metric", ["pca", "mahalanobis"])
+def test_the_saved_metric_divides_by_the_root_of_s_or_whitens(metric, few_out):
+    run_script(f"gen_gmm.py --dataset Digits --n 2 --metric {metric}")
+    X = load_in_dist("Digits", "train", "data").images.flatten(1).numpy() / 255
+    s = np.linalg.svd(X - X.mean(0), compute_uv=False)
+    s = np.maximum(s, s[0] / 1e6)
+    expected = s if metric == "pca" else s ** 2 / (len(X) - 1)
+    gmm_in, gmm_out, _ = files.load_mixtures(f"checkpoints/Digits/gmm/{metric}_n2_Photos.pt", "")
+    np.testing.assert_allclose(gmm_in.metric.singular_values.numpy(), expected, rtol=1e-3)
+    assert gmm_out.metric is gmm_in.metric
+
+
+@pytest.mark.parametrize("augmented", [False, True])
+def test_mixtures_are_fitted_on_augmented_images_when_asked(augmented, few_out, monkeypatch):
+    """In the Euclidean metric the coordinates are the pixels: each image as it is, or shifted by up to 2 pixels."""
+    seen = []
+    monkeypatch.setattr(gen_gmm, "fit_gmm", lambda z, *args: (seen.append(z), fit_gmm(z, *args))[1])
+    run_script(f"gen_gmm.py --dataset Digits --PCA 0 --n 2 --augm_flag {int(augmented)}")
+    for z, images in zip(seen, (load_in_dist("Digits", "train", "data"), few_out), strict=True):
+        padded = np.pad(images.images[:, 0].numpy(), ((0, 0), (2, 2), (2, 2)))
+        shifts = [(i, j) for i in range(5) for j in range(5)]
+        same = np.stack([(np.rint(z.numpy() * 255).reshape(-1, 28, 28) == padded[:, i:i + 28, j:j + 28]).all((1, 2))
+                         for i, j in shifts])                                           # [25, n]
+        assert same.any(0).all()
+        unmoved = same[shifts.index((2, 2))].mean()
+        assert 0.3 < unmoved < 0.75 if augmented else unmoved == 1

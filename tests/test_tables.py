@@ -1,0 +1,111 @@
+"""The numbers in the tables, from the scores and samples that the scripts keep, by scikit-learn or by hand."""
+
+import math
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import run_script
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+
+import gen_attack_stats
+from models import CCU, certified_radius, confidence_bound
+from utils import evaluation, files, load_model, save_model
+from utils.attack import AttackResult
+from utils.data import load_in_dist, load_ood
+
+
+@pytest.fixture
+def work(digits_run, tmp_path, monkeypatch):
+    """A copy of the small Digits run to work in."""
+    shutil.copytree(digits_run / "checkpoints", tmp_path / "checkpoints")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def attacked(work, monkeypatch):
+    """Run gen_attack_stats.py with these options; what its calls of `attack` got, which find nothing but the seeds."""
+    calls = []
+
+    def idle(model, metric, seeds, radii, steps, restarts, alpha, generator, **options):
+        calls.append(SimpleNamespace(seeds=seeds, radii=radii, steps=steps, restarts=restarts, alpha=alpha,
+                                     seed=generator.initial_seed()))
+        return AttackResult(seeds, model.attack_score(seeds), torch.zeros(len(seeds)))
+    monkeypatch.setattr(gen_attack_stats, "attack", idle)
+
+    def run(options):
+        calls.clear()
+        run_script(f"gen_attack_stats.py --datasets Digits --wide_format 1 --output t {options}")
+        return list(calls)
+    return run
+
+
+def test_table_2_has_scikit_learns_fpr_and_average_precision(work):
+    run_script("gen_eval.py --dataset Digits --models Base --aupr 1 --drop_mmc 1 --output t")
+    test, model = load_in_dist("Digits", "test", "data"), load_model("checkpoints/Digits/Base.pt")
+    with torch.no_grad():
+        scores = [model.score(data.floats()) for data in (test, load_ood("Patches", test, "data", seed=0))]
+    ood, outlier = np.repeat([0, 1], list(map(len, scores))), -torch.cat(scores).numpy()
+    fpr, tpr, _ = roc_curve(ood, outlier, drop_intermediate=False)
+    expected = {"t.csv": average_precision_score(ood, outlier), "t_fpr95.csv": fpr[tpr >= 0.95].min()}
+    assert 0.05 < expected["t_fpr95.csv"] < 0.95        # a cell that says something
+    for file, value in expected.items():
+        assert pd.read_csv(file, index_col=0).loc["Patches", "Base"] == pytest.approx(100 * value, abs=1e-2)
+
+
+@pytest.mark.parametrize("options, label, certificate", [("", "CCUs", "paper"), ("--fit_out 1", "CCU", "paper"),
+                                                         ("--fit_out 1 --certificate tight", "CCU", "tight")])
+def test_radii_are_those_of_the_certificate(options, label, certificate, attacked):
+    ccu = load_model("checkpoints/Digits/CCU.pt")
+    models = {"CCU": ccu, "CCUs": CCU(ccu.base_model, ccu.gmm_in, None, 0.0, 10)}
+    save_model(models["CCUs"], "checkpoints/Digits/CCUs.pt", {})
+    call, = attacked(f"--models Base --batches 1 --batch_size 5 {options}")
+    radii = {(name, method): certified_radius(model, call.seeds, 1.1, method=method)
+             for name, model in models.items() for method in ("paper", "tight")}
+    torch.testing.assert_close(call.radii, radii[label, certificate])
+    assert (radii["CCU", "tight"] > 1.01 * radii["CCU", "paper"]).all() and (call.radii > 0).all()
+
+
+def test_options_of_the_attack_reach_it(attacked):
+    default, = attacked("--fit_out 1 --models Base --batches 1 --batch_size 2")
+    assert (default.steps, default.restarts, default.alpha) == (500, 50, 3)
+    calls = attacked("--fit_out 1 --batches 3 --batch_size 2 --steps 7 --restarts 4 --alpha 1.5 --radius 0.7 --seed 5")
+    assert {(call.steps, call.restarts, call.alpha) for call in calls} == {(7, 4, 1.5)}
+    assert all((call.radii == 0.7).all() and len(call.seeds) == 2 for call in calls)
+    assert (files.load("backup/t_Digits.pt")["radii"] == 0.7).all()
+    base, ccu = calls[:3], calls[3:]
+    assert len({call.seed for call in (default, *base)}) == 4       # another in each batch and with another --seed
+    assert [call.seed for call in base] == [call.seed for call in ccu]
+    assert not torch.equal(base[0].seeds, base[1].seeds) and torch.equal(base[1].seeds, ccu[1].seeds)
+
+
+def test_certified_columns_follow_from_the_backup(attacked):
+    """Seeds on the way from noise to digits, whose bounds are everything between 1/M and 1."""
+    noise, way = torch.rand(12, 1, 28, 28, generator=torch.Generator().manual_seed(0)), torch.linspace(0, 1, 12)
+    seeds = noise.lerp(load_in_dist("Digits", "test", "data").floats(slice(12)), way[:, None, None, None])
+    files.save({"format": "CCU attack, version 1", "seeds": seeds}, "seeds.pt")
+    attacked("--fit_out 1 --load_seeds seeds.pt --radius 0.5 --certify 1")
+    table, backup = pd.read_csv("t.csv", index_col=[0, 1]).loc["Digits"], files.load("backup/t_Digits.pt")
+    ccu = load_model("checkpoints/Digits/CCU.pt")
+    bound = confidence_bound(ccu, backup["seeds"], backup["radii"]).numpy()
+    inside = backup["scores_in"]["CCU"].double().exp().numpy()
+    assert table["CCU"]["bound"] == pytest.approx(100 * bound.mean(), abs=1e-3)
+    assert table["CCU"]["share"] == pytest.approx(100 * np.mean(bound <= 0.11), abs=1e-3)
+    auc = roc_auc_score(np.repeat([1, 0], [len(inside), len(bound)]), np.concatenate([inside, bound]))
+    assert table["CCU"]["GAUC"] == pytest.approx(100 * auc, abs=1e-3)
+    assert 0 < table["CCU"]["share"] < 100 and 50 < table["CCU"]["GAUC"] < 99
+    for method in ("paper", "tight"):
+        radii = certified_radius(ccu, backup["seeds"], 1.1, method=method).numpy()
+        assert table["CCU"][f"R mean {method}"] == pytest.approx(radii.mean(), abs=1e-3)
+        assert table["CCU"][f"R median {method}"] == pytest.approx(np.sort(radii)[5], abs=1e-3)     # torch's: the lower
+    assert table["Base"][["bound", "share", "GAUC", "R mean paper"]].isna().all()
+
+
+def test_a_score_equal_to_the_median_is_a_success():
+    scores_in = torch.tensor([-3.0, -2.0, -1.0])
+    assert evaluation.success_rate(torch.tensor([-2.0, -2.0 - 1e-6, -0.5, -9.0]), scores_in) == 50
+    assert math.isclose(evaluation.success_rate(scores_in, scores_in), 200 / 3)
