@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import shutil
 import sys
 
 import pytest
@@ -38,3 +39,11 @@ def digits_run(tmp_path_factory):
     finally:
         os.chdir(before)
     return folder
+
+
+@pytest.fixture
+def work(digits_run, tmp_path, monkeypatch):
+    """A copy of the small Digits run to work in."""
+    shutil.copytree(digits_run / "checkpoints", tmp_path / "checkpoints")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import itertools
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -121,14 +120,6 @@ def one_of_two_fails():
 
 
 # --- tests -------------------------------------------------------------------------------------------------
-
-@pytest.fixture
-def work(digits_run, tmp_path, monkeypatch):
-    """A copy of the small Digits run to work in."""
-    shutil.copytree(digits_run / "checkpoints", tmp_path / "checkpoints")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
 
 @pytest.mark.parametrize("n, size", [(128, 2), (29, 4), (5, 3), (3, 3), (2, 3), (1, 8)])
 def test_shares_times_their_weights_add_up_to_the_mean_over_the_batch(n, size, monkeypatch):

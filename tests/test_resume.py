@@ -1,7 +1,6 @@
 """--resume 1 keeps what the same options made, and nothing else; tables speak of the models that are there."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -13,14 +12,6 @@ import gen_gmm
 from utils import files, load_model, save_model, tables
 from utils.attack import AttackResult
 from utils.out_data import load_out
-
-
-@pytest.fixture
-def work(digits_run, tmp_path, monkeypatch):
-    """A copy of the small Digits run to work in."""
-    shutil.copytree(digits_run / "checkpoints", tmp_path / "checkpoints")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The commands: what they write, what they print, and how they refuse."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,14 +17,6 @@ from utils.data import load_in_dist, load_ood
 REPOSITORY = Path(__file__).parent.parent
 SCRIPTS = ["gen_gmm.py", "run_training.py", "gen_eval.py", "gen_attack_stats.py", "gen_figures.py",
            "load_pretrained.py"]
-
-
-@pytest.fixture
-def work(digits_run, tmp_path, monkeypatch):
-    """A copy of the small Digits run to work in."""
-    shutil.copytree(digits_run / "checkpoints", tmp_path / "checkpoints")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def everything(folder):

@@ -1,7 +1,6 @@
 """The numbers in the tables, from the scores and samples that the scripts keep, by scikit-learn or by hand."""
 
 import math
-import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,14 +15,6 @@ from models import CCU, certified_radius, confidence_bound
 from utils import evaluation, files, load_model, save_model
 from utils.attack import AttackResult
 from utils.data import load_in_dist, load_ood
-
-
-@pytest.fixture
-def work(digits_run, tmp_path, monkeypatch):
-    """A copy of the small Digits run to work in."""
-    shutil.copytree(digits_run / "checkpoints", tmp_path / "checkpoints")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 @pytest.fixture

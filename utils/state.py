@@ -33,7 +33,7 @@ class State:
         state = files.load(self.path, FORMAT, "start without --resume")
         for key, value in self.options.items():
             if state["options"].get(key) != value:
-                raise UserError(f"{self.path} was made with --{key} {state['options'].get(key)}, not {value}: use the "
+                raise UserError(f"{self.path} was made with {key} {state['options'].get(key)}, not {value}: use the "
                                 "same options, or start without --resume")
         return state
 
