@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from models.ccu import CCU
-from models.gmm import squared_distances
+from models.gmm import GMM, squared_distances
 
 METHODS = ("paper", "tight")
 RADII = (0, 0.25, 0.5, 0.75, 1, 1.5)        # for which mixed_weights are made, in distances to the nearest mu_k
@@ -63,6 +63,13 @@ def ball_max(h: Tensor, g: Tensor, a: Tensor, peak: Tensor, R: Tensor) -> Tensor
     return torch.addcmul(g, a, t, value=-0.5).mul_(t).add_(h)
 
 
+def log_norm_terms(gmm: GMM) -> Tensor:
+    """Largest sum of the sizes of all that log_norm adds up: the terms may cancel, their rounding does not."""
+    D = gmm.metric.dim
+    return ((gmm.alpha.abs() + D / 2 * (math.log(2 * math.pi) + gmm.logvar.abs())).max()
+            + gmm.metric.singular_values.log().abs().sum() / 2)
+
+
 class Mixtures:
     """The two mixtures of a CCU in float64 (copies), and the squared distances between their centres."""
 
@@ -80,6 +87,8 @@ class Mixtures:
             self.mu_nu, self.nu_nu = squared_distances(self.mu, self.nu), squared_distances(self.nu, self.nu)
             centres = torch.cat([centres, gmm_out.mu])
         self.terms = sum(centres.shape)                                         # n: of the longest sum
+        self.log_error = EPS * self.terms * (self.loglam.abs() + sum(
+            log_norm_terms(gmm) for gmm in (gmm_in, gmm_out) if gmm is not None))
         self.frobenius = (self.metric.comp_vecs.square().sum(1) / self.metric.singular_values).sum().sqrt()
         self.reach = self.frobenius * centres.norm(dim=1).max()                 # >= |z| of every centre
         at_mu = Balls(self, gmm_in.mu, "paper")
@@ -94,16 +103,15 @@ class Balls:
         self.m = m
         self.d2_in = squared_distances(z, m.mu)                                 # [B, K]
         self.log_in = m.log_c_in - self.d2_in / 2 * m.prec_in                   # log alpha_k N_k(x0)
-        self.prec_out, farthest, log_c = 0.0, self.d2_in.amax(1), m.log_c_in.abs().max()
+        self.prec_out, farthest = 0.0, self.d2_in.amax(1)
         if not m.single:
             self.d2_out = squared_distances(z, m.nu)                            # [B, L]
             self.log_out = m.log_c_out - self.d2_out / 2 * m.prec_out           # log beta_l N_l(x0)
-            self.prec_out, log_c = m.prec_out.max(), log_c + m.log_c_out.abs().max()
+            self.prec_out = m.prec_out.max()
             farthest = torch.maximum(farthest, self.d2_out.amax(1))
-        self.size = 4 * farthest.sqrt()                 # [B] >= |a| + |b| in every centred product
         self.reach = m.frobenius * x.norm(dim=1) + m.reach                      # [B] >= |z_x0| + |z_centre|
         self.z_error = EPS * m.terms * self.reach                               # [B]
-        self.log_error = EPS * m.terms * (log_c + m.loglam.abs())
+        self.size = 4 * farthest.sqrt() + self.z_error  # [B] >= |a| + |b| in every centred product
         self.quadratics = []                            # (h, g, a, peak) of (3), each [B, K, number of q]
         if method == "tight" and not m.single:
             self.quadratics = [self.pairs()]
@@ -114,7 +122,7 @@ class Balls:
         """Bound on the rounding of log b [B]."""
         size = self.size + R
         products = EPS * self.m.terms * size.square() * (self.m.prec_in.max() + self.prec_out)
-        return products + self.prec_out * size * self.z_error + self.log_error
+        return products + self.prec_out * size * self.z_error + self.m.log_error
 
     # The paper's bound
 
