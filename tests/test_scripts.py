@@ -11,7 +11,7 @@ import torch
 from conftest import run_script
 from sklearn.metrics import roc_auc_score
 
-from utils import files, load_model
+from utils import cli, files, load_model
 from utils.data import load_in_dist, load_ood
 
 REPOSITORY = Path(__file__).parent.parent
@@ -132,3 +132,12 @@ def test_two_models_do_not_share_units(work, monkeypatch):
             run_script(command + "Base")
     run_script(command + "Base CCU")
     assert len(calls) == 2 and Path("t.csv").exists()
+
+
+def test_a_script_counts_numbers_below_1e_38_as_zero_and_leaves_that_to_itself(monkeypatch):
+    if not torch.set_flush_denormal(False):
+        pytest.skip("this processor cannot")
+    seen = []
+    monkeypatch.setattr(sys, "argv", ["script"])
+    cli.run(lambda args: seen.append((torch.tensor(1e-30) * 1e-10).item()), cli.Parser("A script.").common())
+    assert seen == [0.0] and (torch.tensor(1e-30) * 1e-10).item() > 0

@@ -86,17 +86,18 @@ class Region:
         pull, scale = trial * a, step / rho
         v, v_along, u, u_along = current.delta, current.along, current.force * scale, current.force_along * scale
         for _ in range(self.rounds):
-            c, mu = pull + (v_along - u_along) * rho, torch.zeros_like(R)
+            c, mu = torch.addcmul(pull, v_along - u_along, rho), torch.zeros_like(R)
             for _ in range(2):
-                stiff = a * (1 + mu) + rho
-                terms = a * (c / stiff).square()
-                square, slope = terms.sum(1, keepdim=True), (terms * a / stiff).sum(1, keepdim=True)
+                stiff = torch.addcmul(rho, a, 1 + mu)                               # a (1 + mu) + rho
+                terms = (c / stiff).square_().mul_(a)
+                square = terms.sum(1, keepdim=True)
+                slope = terms.mul_(a).div_(stiff).sum(1, keepdim=True)
                 mu = (mu + (square.sqrt() / R - 1) * square / slope.clamp_min(1e-30)).clamp(0, 1e30)
-            d_along = c / (a * (1 + mu) + rho)
-            d = d_along @ V
-            v = self.clamp(d + u)
+            d_along = c / torch.addcmul(rho, a, 1 + mu)
+            u, u_along = u + d_along @ V, u_along + d_along                         # d + u
+            v = self.clamp(u)
             v_along = v @ V.T
-            u, u_along = u + d - v, u_along + d_along - v_along
+            u, u_along = u.sub_(v), u_along.sub_(v_along)
         return self.pull_back(Point(v, v_along, u / scale, u_along / scale))
 
     def images(self, delta: Tensor) -> Tensor:
