@@ -7,8 +7,8 @@ confidence stays below 1.1/M.  Every model is attacked in the same balls, inters
 projected gradient ascent on its score.  Rows: TE test error, MMC mean maximal confidence, SR share of attacked points
 that score at least as high as half of the test images, AUC of test images against attacked points.  Writes the table
 to results/ and seeds, radii, samples and scores to results/backup/ (README, "Backups").  torchrun --nproc_per_node=N
-gen_attack_stats.py ... shares the batches of all models out over N processes.  On two CPU cores the default takes 45
-minutes a LeNet; --steps 100 --restarts 2 is for trying it out.
+gen_attack_stats.py ... shares the batches of all models out over N processes.  On two CPU cores the default takes half
+an hour a LeNet; --steps 100 --restarts 2 is for trying it out.
 
 --certify 1 adds, for models with a certificate: mean and median radius by both bounds, the mean of the certified upper
 bounds on the confidence in the attacked balls, the share of balls where it is at most 1.1/M, and GAUC, the AUROC of

@@ -9,8 +9,7 @@ networks.  ODIN and Maha train nothing: they choose their hyperparameters on the
 torchrun --nproc_per_node=N run_training.py ... trains in N processes, each on a GPU of its own (README, "Several
 GPUs").
 
-MNIST takes, an epoch on two cores, about 20 s for plain and 40 s for CCU with --amp 1.  TensorBoard scalars go to
-logs/.
+MNIST takes, an epoch on two cores, about 25 s for plain and 45 s for CCU.  TensorBoard scalars go to logs/.
 """
 
 import sys
