@@ -62,7 +62,7 @@ def test_another_learning_rate_does_not_continue_a_run(tmp_path, monkeypatch, ca
             run_script(command)
     with pytest.raises(SystemExit) as stop:
         run_script(command + " --lr 0.1 --resume 1")
-    assert stop.value.code == 2 and "--lr" in capsys.readouterr().err
+    assert stop.value.code == 2 and "made with lr None, not 0.1" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(tmp_path, monkeypatch, capsys):
