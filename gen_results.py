@@ -18,7 +18,7 @@ import model_paths
 import params
 from utils import cli, files, records
 from utils.errors import UserError
-from utils.tables import by_making, percent, significant
+from utils.tables import benchmark_cells, by_making, percent
 
 SHORT = "MNIST", ("Base", "CEDA", "OE", "ACET", "CCUs", "CCU")      # of README.md: data set and, of its labels, these
 BEGIN, END = "<!-- results: written by gen_results.py -->\n", "<!-- end of results -->\n"
@@ -182,8 +182,8 @@ def speed(path: Path) -> str:
     """What benchmarks/run.py measured on one machine."""
     record = records.load(path)
     machine = record["machine"]
-    rows = {f["name"]: (f"{significant(f['value'])} {f['unit']}", significant(f["baseline"]), significant(f["ratio"]),
-                        f["target"] or "", {True: "yes", False: "no", None: ""}[f["met"]]) for f in record["figures"]}
+    cells = {figure["name"]: benchmark_cells(figure) for figure in record["figures"]}
+    rows = {name: (f"{value} {unit}", *others) for name, (value, unit, *others) in cells.items()}
     table = pd.DataFrame(rows, ["measured", "baseline", "ratio", "target", "met"]).T
     return (f"### Speed, {machine['gpu'] or machine['processor']}, {machine['threads']} threads\n\n"
             f"PyTorch {machine['torch']}, commit {record['commit']}, {record['time']}.\n\n    {record['command']}\n\n"

@@ -44,7 +44,7 @@ from utils.evaluation import evaluate
 from utils.fit import em, fit_gmm, kmeans_start
 from utils.objectives import CEDA, CEDA_GMM, Plain
 from utils.state import State
-from utils.tables import significant
+from utils.tables import benchmark_cells
 from utils.torchvision_guard import datasets
 from utils.training import Settings, make_optimizer, train
 
@@ -71,8 +71,7 @@ class Report:
 
     def table(self) -> str:
         rows = [("figure", "value", "unit", "baseline", "ratio", "target", "met")]
-        rows += [(f["name"], significant(f["value"]), f["unit"], significant(f["baseline"]), significant(f["ratio"]),
-                  f["target"] or "", {True: "yes", False: "no", None: ""}[f["met"]]) for f in self.figures]
+        rows += [(figure["name"], *benchmark_cells(figure)) for figure in self.figures]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
                          for row in rows)

@@ -17,6 +17,12 @@ def significant(value: float | None) -> str:
     return "" if value is None else f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
+def benchmark_cells(figure: dict) -> tuple[str, ...]:
+    """Value, unit, baseline, ratio, target and whether it is met, of a figure of benchmarks/run.py."""
+    return (significant(figure["value"]), figure["unit"], significant(figure["baseline"]), significant(figure["ratio"]),
+            figure["target"] or "", {True: "yes", False: "no", None: ""}[figure["met"]])
+
+
 def show(table: pd.DataFrame, title: str) -> None:
     print(f"\n{title}\n{table.map(percent).to_string()}")
 
