@@ -4,8 +4,9 @@
 
 Replaces what stands between the two "results" marks of results/README.md with the tables of each data set D, beside
 the authors' figures of May 2019: table2_D.csv and _runs.json, table1_D.csv and .txt, as `make tables DATASET=D` leaves
-them in results/; then all ablation_*.csv and benchmark_*.json there.  Models that differ in their seed alone (Base,
-Base-seed1, ...) become mean ± standard deviation.
+them in results/, and further ones of that data set, table2_D-NAME.csv and so on; then all ablation_*.csv and
+benchmark_*.json there.  Models that differ in their seed alone (Base, Base-seed1, ...) become mean ± standard
+deviation.
 """
 
 import contextlib
@@ -20,7 +21,8 @@ from utils import cli, files, records
 from utils.errors import UserError
 from utils.tables import benchmark_cells, by_making, percent
 
-SHORT = "MNIST", ("Base", "CEDA", "OE", "ACET", "CCUs", "CCU")      # of README.md: data set and, of its labels, these
+SHORT = {"MNIST-100epochs": ("Base", "ODIN", "Maha", "CCU"),      # README.md's tables and, of their labels, these
+         "MNIST": ("Base", "CEDA", "OE", "ACET", "CCUs", "CCU")}
 BEGIN, END = "<!-- results: written by gen_results.py -->\n", "<!-- end of results -->\n"
 SHORTEST = params.EPOCHS / 20       # a run of fewer epochs compares with no whole one
 AUTHORS = Path(__file__).parent / "results" / "authors_2019-05.csv"
@@ -38,22 +40,21 @@ def main(args):
 
 
 def short() -> str:
-    """The headline: one data set's figures of the methods that learn from out-images, beside Base."""
-    dataset, labels = SHORT
-    if not table(2, dataset).with_suffix(".csv").exists():
-        return ""
-    with explained(f"{table(2, dataset)}* and {table(1, dataset)}*", "make tables"):
-        figures = over_seeds(read_figures(dataset, read_runs(dataset)))
-        return markdown(figures[[label for label in labels if label in figures]].map(show))
+    """The headlines."""
+    parts = []
+    for name in (name for name in SHORT if name in names_there()):
+        with explained(f"{table(2, name)}* and {table(1, name)}*", "make tables"):
+            figures = over_seeds(read_figures(name, read_runs(name)))
+            parts.append(markdown(figures[[label for label in SHORT[name] if label in figures]].map(show)))
+    return "\n".join(parts)
 
 
 def results() -> str:
     """All sections as Markdown."""
     text = ""
-    for dataset in params.DATASETS:
-        if table(2, dataset).with_suffix(".csv").exists():
-            with explained(f"{table(2, dataset)}* and {table(1, dataset)}*", "make tables"):
-                text += section(dataset)
+    for name in names_there():
+        with explained(f"{table(2, name)}* and {table(1, name)}*", "make tables"):
+            text += section(name)
     for path in sorted(model_paths.RESULTS.glob("ablation_*.csv")):
         with explained(f"{path} and its .txt", "benchmarks/ablation.py"):
             text += ablation(path)
@@ -73,16 +74,27 @@ def explained(paths: str | Path, writer: str):
                         "remove them") from error
 
 
-def table(number: int, dataset: str) -> Path:
-    return model_paths.RESULTS / f"table{number}_{dataset}"
+def names_there() -> list[str]:
+    """D and D-NAME of the tables in results/, data set by data set."""
+    names = [path.stem.removeprefix("table2_") for path in model_paths.RESULTS.glob("table2_*.csv")]
+    return [name for dataset in params.DATASETS for name in sorted(names)
+            if dataset_of(name) == dataset and not name.endswith("_fpr95")]
 
 
-def section(dataset: str) -> str:
+def dataset_of(name: str) -> str:
+    return name.partition("-")[0]
+
+
+def table(number: int, name: str) -> Path:
+    return model_paths.RESULTS / f"table{number}_{name}"
+
+
+def section(name: str) -> str:
     """Heading, how the models were made, our figures, ours beside the authors'."""
-    runs = read_runs(dataset)
-    figures = over_seeds(read_figures(dataset, runs))
-    text = f"### {dataset}, {next(iter(runs.values()))['arch']}\n\n{how(dataset, runs)}\n" + markdown(figures.map(show))
-    authors = read_authors(dataset)
+    runs = read_runs(name)
+    figures = over_seeds(read_figures(name, runs))
+    text = f"### {name}, {next(iter(runs.values()))['arch']}\n\n{how(name, runs)}\n" + markdown(figures.map(show))
+    authors = read_authors(dataset_of(name))
     rows = [row for row in figures.index if published(row) in authors.index]
     both = {label: [beside(figures.loc[row, label], authors.loc[published(row), label]) for row in rows]
             for label in figures if label in authors}
@@ -95,22 +107,22 @@ def section(dataset: str) -> str:
     return text + "\n"
 
 
-def read_runs(dataset: str) -> dict:
+def read_runs(name: str) -> dict:
     """label -> how it was trained."""
-    path = model_paths.table_runs(table(2, dataset))
+    path = model_paths.table_runs(table(2, name))
     if not (runs := records.load(path)):
         raise OSError(f"no {path.name}")
     return runs
 
 
-def read_figures(dataset: str, runs: dict) -> pd.DataFrame:
+def read_figures(name: str, runs: dict) -> pd.DataFrame:
     """Rows "test error", "AUC <OOD set>", "adversarial noise <statistic>"; a column a model; percent, NaN = none."""
-    table2 = pd.read_csv(f"{table(2, dataset)}.csv", header=[0, 1], index_col=0).drop(index="orig")
+    table2 = pd.read_csv(f"{table(2, name)}.csv", header=[0, 1], index_col=0).drop(index="orig")
     table2 = table2.xs("AUC", axis=1, level=1).rename("AUC {}".format)
     errors = pd.DataFrame({label: {"test error": runs[label]["test_error"]} for label in table2})
     parts = [errors, table2]
-    if (path := Path(f"{table(1, dataset)}.csv")).exists():
-        table1 = pd.read_csv(path, index_col=[0, 1]).loc[dataset].reindex(columns=table2.columns)
+    if (path := Path(f"{table(1, name)}.csv")).exists():
+        table1 = pd.read_csv(path, index_col=[0, 1]).loc[dataset_of(name)].reindex(columns=table2.columns)
         if ((table1.loc["TE"] - errors.loc["test error"]).abs() > 0.01).any():
             raise ValueError("the test errors of the two tables differ: they are of different models")
         parts.append(table1.drop(index="TE").rename("adversarial noise {}".format))
@@ -153,7 +165,7 @@ def published(row: str) -> str:
     return {"AUC Uniform": "AUC UniformNoise"}.get(row, row.removesuffix("-JPEG"))
 
 
-def how(dataset: str, runs: dict) -> str:
+def how(name: str, runs: dict) -> str:
     """How the models were made, how long it took, where; the attack's balls; the commands."""
     lines = [f"{', '.join(labels)}: {way}." for way, labels in by_making(runs).items()]
     timed = {label: run for label, run in runs.items() if "seconds" in run}
@@ -161,10 +173,11 @@ def how(dataset: str, runs: dict) -> str:
                 f"thread{'s' * (run['threads'] > 1)}" for run in timed.values()}
     lines.append(f"Minutes of training ({'; '.join(sorted(machines))}): "
                  + ", ".join(f"{label} {run['seconds'] / 60:.1f}" for label, run in timed.items()) + ".")
-    notes = [line.removeprefix("% ") for number in (1, 2) if (path := Path(f"{table(number, dataset)}.txt")).exists()
+    notes = [line.removeprefix("% ") for number in (1, 2) if (path := Path(f"{table(number, name)}.txt")).exists()
              for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("% ")]
-    lines += [f"Attack: {note.removeprefix(f'{dataset}: ')}." for note in notes if note.startswith(f"{dataset}: ")]
-    lines.append(f"The models' commands are in `{model_paths.table_runs(table(2, dataset))}`; the tables':")
+    balls = f"{dataset_of(name)}: "
+    lines += [f"Attack: {note.removeprefix(balls)}." for note in notes if note.startswith(balls)]
+    lines.append(f"The models' commands are in `{model_paths.table_runs(table(2, name))}`; the tables':")
     commands = [note.removeprefix("command: ") for note in notes if note.startswith("command: ")]
     return "\n".join(lines) + "\n\n" + "".join(f"    {command}\n" for command in commands)
 

@@ -394,6 +394,7 @@ def gmm_fits(report: Report, device: torch.device, quick: bool, data_dir: str) -
     X = X[:3_000] if quick else X
     metric = PCAMetric.fit(X)
     z = metric.transform(X)
+    z -= z.mean(0)
     z_device = z.to(device)
     K_, reg = (10 if quick else K), params.REG_COVAR
 

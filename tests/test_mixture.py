@@ -93,7 +93,8 @@ def test_squared_distances_survive_a_large_offset():
 def blobs(n=3000, D=10, K=5, seed=0, spread=3.0):
     rng = np.random.default_rng(seed)
     centres = rng.normal(size=(K, D)) * spread
-    return torch.tensor(centres[rng.integers(K, size=n)] + rng.normal(size=(n, D)), dtype=torch.float32)
+    x = centres[rng.integers(K, size=n)] + rng.normal(size=(n, D))
+    return torch.tensor(x - x.mean(0), dtype=torch.float32)
 
 
 @pytest.mark.parametrize("reg_covar", [1e-6, 1e-2])
@@ -125,6 +126,13 @@ def test_fit_gmm_has_uniform_weights_and_one_shared_variance():
     torch.testing.assert_close(gmm.alpha.exp(), torch.full((5,), 0.2))
     torch.testing.assert_close(gmm.logvar.exp(), fit.variances.mean().expand(5))
     assert not (fit.variances == fit.variances[0]).all()
+
+
+def test_fit_gmm_survives_a_large_offset():
+    z, metric = blobs(), PCAMetric.euclidean(10)
+    near, far = (fit_gmm(x, metric, 5, 1e-3, 0, lambda *_: None)[0] for x in (z, z + 1000))
+    torch.testing.assert_close(far.logvar, near.logvar, rtol=0, atol=1e-3)
+    torch.testing.assert_close(far.mu - 1000, near.mu, rtol=0, atol=1e-3)
 
 
 def tiny_ccu(two=True, classes=10, loglam=0.3):

@@ -84,7 +84,7 @@ def test_worst_cases_show_the_samples_and_what_is_said_of_them():
         assert row[0].get_xlabel() == f"$R$ = {backup['radii'][i]:.3g}"
         assert row[1].get_xlabel() == (f"class {i}\n{100 * base['seed_score'][i].exp():.1f} → "
                                        f"{100 * base['score'][i].exp():.1f} %")
-        assert row[2].get_xlabel() == f"class {i}\nscore {mcd['seed_score'][i]:.3g} → {mcd['score'][i]:.3g}"
+        assert row[2].get_xlabel() == f"class {i}\nscore {mcd['seed_score'][i]:.3g}\n→ {mcd['score'][i]:.3g}"
     with pytest.raises(UserError, match="no seed 5: this attack has the seeds 0 to 4"):
         plotting.worst_cases(backup, [0, 5], ["Base"])
     colour = attack_backup(1, ("Base",)) | {"seeds": torch.rand(1, 3, 4, 4)}

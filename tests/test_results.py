@@ -84,6 +84,22 @@ def test_one_epoch_is_not_compared_with_a_hundred(folder):
     assert "Too few epochs to compare" in text and "97.07" not in text
 
 
+def test_further_tables_of_a_data_set_are_a_section_of_their_own(folder, monkeypatch):
+    for path in list(Path("results").glob("table[12]_MNIST*")):
+        other = path.with_name(path.name.replace("MNIST", "MNIST-long"))
+        other.write_text(path.read_text().replace("99.25", "11.11"))
+    Path("results/table2_MNIST_fpr95.csv").write_text("no table of its own")
+    Path("results/table2_MNIST_20261124-101112.csv").write_text("nor this: it was given no name")
+    text = gen_results.results()
+    first, second = text.index("### MNIST, LeNet\n"), text.index("### MNIST-long, LeNet\n")
+    assert "99.25" in text[first:second] and "11.11" not in text[first:second]
+    assert "11.11 / 98.69 (-87.58)" in text[second:] and "`results/table2_MNIST-long_runs.json`" in text[second:]
+    assert "Attack: seeds: noise." in text[second:] and text.count("### ") == 2
+    monkeypatch.setattr(gen_results, "SHORT", {"MNIST-long": ("CEDA",), "MNIST": ("MCD",), "FMNIST": ("Base",)})
+    heads = [re.sub(" +", " ", part.splitlines()[0]) for part in gen_results.short().split("\n\n")]
+    assert heads == ["| | CEDA |", "| | MCD |"]
+
+
 def test_an_ablation_is_shown_with_its_command(folder):
     Path("results/ablation_X.csv").write_text(",TE,R\nBase,1.0,\nK10,2.0,3.14159\n")
     Path("results/ablation_X.txt").write_text("% Ablation, X\n% command: python ablation.py\n% note\nlatex\n")

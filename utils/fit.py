@@ -1,4 +1,8 @@
-"""Fitting a mixture: EM from a k-means start in the metric's coordinates (README: Fit)."""
+"""Fitting a mixture: EM from a k-means start in the metric's coordinates (README: Fit).
+
+Here coordinates are relative to their mean, z.mean(0) = 0: far from the origin, distances from one matrix product would
+cancel.
+"""
 
 import math
 from collections.abc import Callable
@@ -17,34 +21,32 @@ KMEANS_IMAGES = 20_000      # k-means is only a start: it sees at most this many
 
 @dataclass
 class Fit:
-    """A spherical mixture in coordinates z, with the mean log-likelihood before every EM step and at the end."""
+    """A spherical mixture in centred coordinates, with the mean log-likelihood before every EM step and at the end."""
 
     means: Tensor               # [K, D]
     variances: Tensor           # [K]
     weights: Tensor             # [K]
     log_likelihoods: list[float]
-    centred: bool = False       # means are relative to the mean of z, as EM computes with them
 
 
 def kmeans_start(z: Tensor, K: int, seed: int, reg_covar: float) -> Fit:
-    """One M-step from the hard assignments of scikit-learn's k-means on a sample of z [n, D]."""
+    """One M-step from the hard assignments of scikit-learn's k-means on a sample of the centred z [n, D]."""
     from sklearn.cluster import KMeans
     generator = torch.Generator().manual_seed(seed)
     sample = z[torch.randperm(len(z), generator=generator)[:max(KMEANS_IMAGES, K)].to(z.device)]
     kmeans = KMeans(K, n_init=1, max_iter=20, tol=1e-3, random_state=seed).fit(sample.cpu().numpy())
     centres = torch.as_tensor(kmeans.cluster_centers_, dtype=z.dtype, device=z.device)
-    origin = z.mean(0)
 
     def hard(d2):
         return F.one_hot(d2.argmin(1), K).to(z.dtype), d2.new_zeros(len(d2))
-    means, variances, weights, _ = _m_step(z - origin, centres - origin, hard, reg_covar)
-    return Fit(means + origin, variances, weights, [])
+    means, variances, weights, _ = _m_step(z, centres, hard, reg_covar)
+    return Fit(means, variances, weights, [])
 
 
 def em(z: Tensor, start: Fit, reg_covar: float, update_weights: bool = False, tol: float = 1e-2,
        max_iter: int = 100, progress: Callable = lambda iteration, log_likelihood: None,
        keep: Callable[[Fit], None] = lambda fit: None) -> Fit:
-    """EM for spherical components on z [n, D], until the mean log-likelihood changes by less than tol.
+    """EM for spherical components on the centred z [n, D], until the mean log-likelihood changes by less than tol.
 
     reg_covar is added to every variance at every step, as scikit-learn does: with 0 the log-likelihood never
     falls, with more it may.
@@ -53,13 +55,10 @@ def em(z: Tensor, start: Fit, reg_covar: float, update_weights: bool = False, to
     same bits.
     """
     D = z.shape[1]
-    origin = z.mean(0)      # distances from one matrix product would cancel far from the origin
-    z, means, variances, weights = z - origin, start.means - origin, start.variances, start.weights
-    if start.centred:
-        means = start.means
+    means, variances, weights = start.means, start.variances, start.weights
     log_likelihoods = list(start.log_likelihoods)
     for iteration in range(len(log_likelihoods), max_iter + 1):
-        keep(Fit(means, variances, weights, log_likelihoods, centred=True))
+        keep(Fit(means, variances, weights, log_likelihoods))
         log_norm = weights.log() - D / 2 * (2 * math.pi * variances).log()
 
         def e_step(d2, log_norm=log_norm, variances=variances):
@@ -70,13 +69,13 @@ def em(z: Tensor, start: Fit, reg_covar: float, update_weights: bool = False, to
         progress(iteration, log_likelihood)
         log_likelihoods.append(log_likelihood)
         if iteration == max_iter or (iteration and abs(log_likelihood - log_likelihoods[-2]) < tol):
-            return Fit(means + origin, variances, weights, log_likelihoods)
+            return Fit(means, variances, weights, log_likelihoods)
         means, variances = new[:2]
         weights = new[2] if update_weights else weights
 
 
 def _m_step(z: Tensor, old_means: Tensor, e_step: Callable, reg_covar: float) -> tuple[Tensor, Tensor, Tensor, float]:
-    """New means, variances and weights, and the mean of the log-densities that e_step gives; z is centred.
+    """New means, variances and weights, and the mean of the log-densities that e_step gives.
 
     e_step maps squared distances to the old means [b, K] to responsibilities [b, K] and log-densities [b].
     Variances come from these distances, var = E d(z, old)^2 - |new - old|^2: E|z|^2 - |mean|^2 would cancel.
@@ -113,6 +112,8 @@ def fit_gmm(z: Tensor, metric: PCAMetric, K: int, reg_covar: float, seed: int, p
         if state is not None and (state.due() or not fit.log_likelihoods):
             state.save(fit=vars(fit))
 
+    origin = z.mean(0)
+    z = z - origin
     uniform = torch.full((K,), 1 / K, dtype=z.dtype, device=z.device)
     if state is not None and (saved := state.load()) is not None:
         start = Fit(**{key: value.to(z.device) if isinstance(value, Tensor) else value
@@ -121,4 +122,4 @@ def fit_gmm(z: Tensor, metric: PCAMetric, K: int, reg_covar: float, seed: int, p
         start = replace(kmeans_start(z, K, seed, reg_covar), weights=uniform)
     fit = em(z, start, reg_covar, progress=progress, keep=keep)
     shared = fit.variances.mean().log().expand(K).clone()
-    return GMM(metric.inverse(fit.means), shared, uniform.log(), metric), fit
+    return GMM(metric.inverse(fit.means + origin), shared, uniform.log(), metric), fit

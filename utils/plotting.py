@@ -98,7 +98,7 @@ def worst_cases(backup: dict, rows: Sequence[int], is_confidence: Sequence[str])
                 before, after = (f"{100 * torch.tensor(score).exp():.1f}" for score in scores)
                 text = f"{before} → {after} %"
             else:
-                text = "score {:.3g} → {:.3g}".format(*scores)
+                text = "score {:.3g}\n→ {:.3g}".format(*scores)      # in two lines: -3.91e-05 is long
             image(ax, attacked["samples"][i], f"class {attacked['prediction'][i]}\n{text}")
     for ax, title in zip(grid[0], columns, strict=True):
         ax.set_title(title, pad=4)
