@@ -1,6 +1,6 @@
 # make demo     fit, train, evaluate and attack on scikit-learn's digits: both tables in a few minutes
 # make tables DATASET=D [EPOCHS=100] [OUT_DATASET=..] [OUT_DIR=..] [DATA_DIR=..] [GPUS="0 1"] [LABELS="Base CCU"]
-#               train whatever is missing, write both tables; -j 4 runs what does not depend on each other side by side;
+#               train whatever is missing, write both tables; -j 4 runs independent jobs side by side;
 #               LABELS="CCU CCU-seed1 CCU-seed2" trains with other seeds too; ARGS="--download 1" is for every script,
 #               TRAIN_ARGS="--amp 1" for run_training.py
 # make results  write results/README.md and the README's table from results/
@@ -40,9 +40,9 @@ demo: $(INSTALLED)
 	@echo
 	@echo 'Next, the same on MNIST (fetched by --download 1; README, "Data", has other ways):'
 	@echo '  .venv/bin/python gen_gmm.py --dataset MNIST --PCA 1 --augm_flag 1 --download 1'
-	@echo '  .venv/bin/python run_training.py --dataset MNIST --train_type plain --augm_flag 1 --amp 1'
-	@echo '  .venv/bin/python run_training.py --dataset MNIST --train_type CEDA_GMM --augm_flag 1 --use_gmm 1 --PCA 1 --fit_out 1 --amp 1'
-	@echo '  .venv/bin/python gen_eval.py --dataset MNIST --drop_mmc 1'
+	@echo '  .venv/bin/python run_training.py --dataset MNIST --train_type plain --augm_flag 1'
+	@echo '  .venv/bin/python run_training.py --dataset MNIST --train_type CEDA_GMM --augm_flag 1 --use_gmm 1 --PCA 1 --fit_out 1'
+	@echo '  .venv/bin/python gen_eval.py --dataset MNIST --drop_mmc 1 --download 1'
 	@echo '  .venv/bin/python gen_attack_stats.py --datasets MNIST --wide_format 1 --fit_out 1'
 
 # --- both tables of a data set, from whatever is trained already ---------------------------------------------------
@@ -53,7 +53,7 @@ digits = $(filter Digits,$(DATASET))
 EPOCHS ?= $(if $(digits),30)
 STEPS ?= $(if $(digits),100,500)
 RESTARTS ?= $(if $(digits),5,50)
-KNOWN := Base CEDA OE ACET ACET2 CCU CCUs MCD EDL DE GAN ODIN Maha
+KNOWN := $(shell $(PYTHON) -c 'import model_paths; print(*model_paths.LABELS)')
 LABELS ?= $(KNOWN)
 MODELS := checkpoints/$(DATASET)
 # what was trained elsewhere and imported has its checkpoint already
@@ -79,7 +79,8 @@ results/table1_$(DATASET).csv: $(sort $(LABELS:%=$(MODELS)/%.pt) $(MODELS)/CCU.p
 $(MODELS)/%.pt: | $(INSTALLED)
 	$(PY) run_training.py --dataset $(DATASET) $$($(PY) -c 'import model_paths; print(model_paths.options("$*"))') --augm_flag 1 $(addprefix --epochs ,$(EPOCHS)) $(DATA) $(OUT) $(call gpu,$*) --resume 1 $(ACET) $(TRAIN_ARGS)
 
-$(patsubst %,$(MODELS)/%.pt,$(sort CCU CCUs $(filter CCU%,$(LABELS)))): $(MIXTURES)
+# those that are there need no mixtures any more, and may be the authors'
+$(filter-out $(wildcard $(MODELS)/*.pt),$(patsubst %,$(MODELS)/%.pt,$(sort CCU CCUs $(filter CCU%,$(LABELS))))): | $(MIXTURES)
 $(foreach label,$(sort ODIN Maha $(filter ODIN% Maha%,$(LABELS))),\
   $(eval $(MODELS)/$(label).pt: $(MODELS)/$(subst ODIN,Base,$(label:Maha%=Base%)).pt))
 

@@ -4,9 +4,8 @@
 
 Evaluates every model under checkpoints/<dataset>/ and writes the table to results/ as .csv and .txt (LaTeX), a
 second one with FPR at 95 % TPR (OOD positive), how the models were trained (_runs.json), and all scores to
-results/backup/.  What is not there is named: OOD sets with ways to get them, models
-with the command that trains the first.  On two CPU
-cores a LeNet takes seconds, a ResNet18 some eight minutes.
+results/backup/.  What is not there is named: OOD sets with ways to get them, models with the command that trains the
+first.  On two CPU cores a LeNet takes seconds, a ResNet18 some eight minutes.
 """
 
 import contextlib

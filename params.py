@@ -1,4 +1,4 @@
-"""Defaults per data set and per method: the only place that knows hyperparameters.
+"""Defaults per data set and per method: the only place that knows how they are trained.
 
 Every value says where it is from: [code] the published code, [paper] the method of the paper named
 there, [ours] chosen here.  A value set on the command line replaces the one found here.

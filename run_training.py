@@ -9,7 +9,7 @@ networks.  ODIN and Maha train nothing: they choose their hyperparameters on the
 torchrun --nproc_per_node=N run_training.py ... trains in N processes, each on a GPU of its own (README, "Several
 GPUs").
 
-MNIST takes, an epoch on two cores, about 25 s for plain and 45 s for CCU.  TensorBoard scalars go to logs/.
+MNIST takes, an epoch on two cores, about 25 s for plain and 46 s for CCU.  TensorBoard scalars go to logs/.
 """
 
 import sys
@@ -219,7 +219,8 @@ def parser() -> cli.Parser:
     p.add_argument("--lr_gmm", type=cli.number(0), default=params.LR_GMM,
                    help=f"learning rate of the mixtures ({params.LR_GMM})")
     p.add_argument("--decay", type=cli.number(0), help=f"weight decay of the classifier ({params.WEIGHT_DECAY}; MCD 0)")
-    p.add_argument("--loglam", type=cli.number(-50, 50), default=0.0, help="log p(o)/p(i) (0)")
+    p.add_argument("--loglam", type=cli.number(-50, 50), default=0.0, help="log p(o)/p(i) (0); OE, "
+                   "EDL and GAN have no use for it")
     p.add_argument("--n", type=cli.integer(1), default=params.CENTROIDS,
                    help=f"centroids of the mixtures to start from ({params.CENTROIDS})")
     p.add_argument("--grad_vars", nargs="*", choices=("mu", "var"), default=["mu", "var"],
@@ -233,7 +234,8 @@ def parser() -> cli.Parser:
     p.add_argument("--amp", type=cli.flag, default=False, help="1 = classifier in bf16 (0)")
     p.add_argument("--verbose", type=cli.flag, default=False, help="1 = TensorBoard scalars of every step, not only "
                    "of every epoch (0)")
-    p.add_argument("--resume", type=cli.flag, default=False, help="1 = go on with an interrupted run (0)")
+    p.add_argument("--resume", type=cli.flag, default=False, help="1 = go on with an interrupted run; "
+                   "a finished one begins anew (0)")
     return p
 
 

@@ -4,8 +4,10 @@
     python benchmarks/run.py --gpu 0        # a GPU
     python benchmarks/run.py --quick 1      # few repeats, small sizes: does it run?
 
-All figures of one run come from one process; what is compared runs in turn, and medians count.  Prints a table and one
-JSON line a figure, and writes these to results/benchmark_<machine>.json.  The baselines are written for this file,
+What is compared runs in turn, in one process, and medians count; memory, and an epoch in two processes, are measured
+in processes of their own.  Prints a table and one JSON line a figure, and writes these to
+results/benchmark_<machine>.json.  Where the target is an upper limit, a ratio is ours / baseline, where it is a
+lower one, how many times better ours is.  The baselines are written for this file,
 simply: naive = rotate every difference of an image and a centroid, as the published code does; scikit-learn's fit;
 scipy's brentq, point by point; a DataLoader with PIL transforms.  Nothing else should run beside it.  About 15 minutes
 on two cores, of which the naive steps take half.
@@ -540,7 +542,7 @@ def slug(machine: dict) -> str:
 
 
 def parser() -> cli.Parser:
-    p = cli.Parser(__doc__).common()
+    p = cli.Parser(__doc__).common(gpu="GPU to use (default: the CPU)")
     p.add_argument("--quick", type=cli.flag, default=False, help="1 = few repeats and small sizes, nothing written (0)")
     p.add_argument("--only", nargs="+", choices=SECTIONS, help="some sections only; nothing is written")
     p.add_argument("--output", help="where to write (results/benchmark_<machine>.json)", metavar="FILE")

@@ -47,10 +47,10 @@ class Parser(argparse.ArgumentParser):
             except UserError as error:
                 raise argparse.ArgumentError(action, str(error)) from None
 
-    def common(self) -> "Parser":
-        """Options that every script has."""
+    def common(self, gpu: str = "GPU to use; -1 = CPU (default: GPU 0 where there is one)") -> "Parser":
+        """Options of all scripts that compute."""
         group = self.add_argument_group("common")
-        group.add_argument("--gpu", type=int, help="GPU to use; -1 = CPU (default: GPU 0 where there is one)")
+        group.add_argument("--gpu", type=int, help=gpu)
         group.add_argument("--seed", type=integer(0), default=0, help="of all random draws (0)")
         group.add_argument("--data_dir", default="data", help="where the data sets are (data)")
         group.add_argument("--download", type=flag, default=False, help="1 = fetch missing data sets that "

@@ -167,6 +167,8 @@ class EvidentialMSE(Objective):
     """EDL (Sensoy et al. 2018): the expected squared error of one-hot labels y under the Dirichlet distribution,
 
         sum_m (y_m - p_m)^2 + sum_m p_m (1 - p_m) / S,    p = alpha / S,  S = sum_m alpha_m.
+
+    Deviation: no KL term of the misleading evidence.
     """
 
     needs_out = False
