@@ -31,7 +31,7 @@ from models import CCU, certified_radius, confidence_bound
 from models.certificate import METHODS
 from utils import cli, evaluation, files, parallel, records, tables
 from utils.attack import attack
-from utils.backups import ATTACK
+from utils.backups import ATTACK, meta_of
 from utils.data import KNOWN_OOD, load_in_dist, load_ood
 from utils.errors import UserError
 from utils.out_data import load_out, resolve
@@ -47,8 +47,7 @@ def main(args):
         raise UserError("give one of --seeds, --out_seeds and --load_seeds")
     if args.load_seeds and len(args.datasets) > 1:
         raise UserError("--load_seeds holds the seeds of one data set: give one to --datasets")
-    stem = Path(args.output or model_paths.RESULTS / f"table1_{'_'.join(args.datasets)}_"
-                                                     f"{time.strftime('%Y%m%d-%H%M%S')}")
+    stem = Path(args.output or model_paths.table(1, f"{'_'.join(args.datasets)}_{model_paths.stamp()}"))
     backups = {dataset: model_paths.backup(stem, dataset) for dataset in args.datasets}
     files.check_writable(stem, f"{stem}.csv", *backups.values(), model_paths.BACKUP / ".attack")
     jobs = {dataset: prepare(dataset, args, device) for dataset in args.datasets}      # all checks before any work
@@ -90,7 +89,7 @@ def main(args):
         written.append(files.save({
             "format": ATTACK, "record": records.of(args, seconds=time.monotonic() - start),
             "dataset": dataset, "seeds": seeds, "radii": radii, "models": result,
-            "meta": {label: model.meta for label, model in models.items()},
+            "meta": meta_of(models),
             "scores_in": {label: scores_in.cpu() for label, (_, scores_in) in tested.items()},
             "labels_in": test.labels.cpu()}, backups[dataset]))
     if parallel.rank() > 0:
@@ -108,7 +107,7 @@ def main(args):
 def describe_balls(args, radii) -> str:
     seeds = f"seeds of {args.load_seeds}" if args.load_seeds else f"seeds: {args.seeds or 'uniform noise'}"
     if args.out_seeds:
-        seeds = f"seeds: test draws of {args.out_dataset}"
+        seeds = f"seeds: test draws of {resolve(args.out_dataset, args.data_dir)}"
     seeds += f"; {args.steps} steps, {args.restarts} start{'s' * (args.restarts > 1)} a seed"
     if args.radius is not None:
         return f"{seeds}; all radii {args.radius:g}"
@@ -130,7 +129,7 @@ def prepare(dataset: str, args, device):
     test = load_in_dist(dataset, "test", args.data_dir, args.download, args.image_size)
     check_fit(models | {ball: ccu}, test)
     for label, model in models.items():
-        if args.certify and isinstance(model, CCU) and not same_metric(model.gmm_in.metric, metric):
+        if args.certify and isinstance(model, CCU) and not model.gmm_in.metric.equals(metric):
             raise UserError(f"--certify 1: the metrics of {label} and {ball} differ; leave {label} out of --models")
     shape = tuple(test.images.shape[1:])
     if args.load_seeds:
@@ -142,8 +141,8 @@ def prepare(dataset: str, args, device):
             if len(seeds) < n:
                 raise UserError(f"--seeds {args.seeds}: it has {len(seeds)} images, {n} are asked for")
         elif args.out_seeds:
-            out = load_out(resolve(args.out_dataset, args.data_dir), test, args.data_dir, args.out_dir, split="test",
-                           n=n, seed=args.seed, download=args.download)
+            out = load_out(args.out_dataset, test, args.data_dir, args.out_dir, split="test", n=n, seed=args.seed,
+                           download=args.download)
             if len(out) < n:
                 raise UserError(f"--out_seeds 1: {out.name} has {len(out)} test draws, {n} are asked for")
             seeds = out.floats(slice(n))
@@ -152,7 +151,7 @@ def prepare(dataset: str, args, device):
     if args.radius is not None:
         radii = torch.full((len(seeds),), args.radius, dtype=torch.float64)
     else:
-        radii = certified_radius(ccu, seeds.to(device), params.RATIO, method=args.certificate).cpu()
+        radii = parallel.of_first(certified_radius(ccu, seeds.to(device), params.RATIO, args.certificate).cpu())
     return models, metric, test, seeds, radii
 
 
@@ -166,10 +165,6 @@ def load_seeds(path: str, dataset: str, shape: tuple[int, ...]) -> torch.Tensor:
     if not ((seeds >= 0) & (seeds <= 1)).all():         # NaN too
         raise UserError(f"{path} is damaged: it has seeds outside [0, 1]")
     return seeds
-
-
-def same_metric(a, b) -> bool:
-    return torch.equal(a.comp_vecs, b.comp_vecs) and torch.equal(a.singular_values, b.singular_values)
 
 
 def attack_batch(label, model, metric, b, x, r, path, args, device) -> None:
@@ -237,31 +232,29 @@ def certify(model, seeds, radii, scores_in) -> dict:
 def layout(rows: dict, args) -> pd.DataFrame:
     """wide: rows (data set, statistic), one column per label.  Else one row per label, data sets side by side or,
     --vertical 1, below each other."""
-    table = pd.DataFrame(rows, dtype=object).T                      # rows (data set, label)
+    table = pd.DataFrame(rows, dtype=float).T                       # rows (data set, label)
     if args.drop_mmc:
         table = table.drop(columns="MMC")
     if args.wide_format:
-        wide = pd.concat({dataset: table.loc[dataset].T for dataset in args.datasets})
-        return wide.where(wide.notna(), None)
+        return pd.concat({dataset: table.loc[dataset].T for dataset in args.datasets})
     if args.vertical:
         return table
-    side = pd.concat({dataset: table.loc[dataset] for dataset in args.datasets}, axis=1)
-    return side.where(side.notna(), None)
+    return pd.concat({dataset: table.loc[dataset] for dataset in args.datasets}, axis=1)
 
 
 def parser() -> cli.Parser:
-    p = cli.Parser(__doc__).common()
-    p.add_argument("--datasets", nargs="+", required=True, choices=list(params.DATASETS), metavar="D",
-                   help="in-distributions: " + ", ".join(params.DATASETS))
-    p.image_size().out_dataset()
+    p = cli.Parser(__doc__).datasets().out_dataset().common()
     p.add_argument("--models", nargs="+", metavar="LABEL", help="labels (all that are trained)")
     p.add_argument("--fit_out", type=cli.flag, default=False, help="radii from CCU (1) or from CCUs (0)")
     p.add_argument("--certificate", choices=METHODS, default="paper", help="which bound gives the radii; "
                    "paper is what the published figures used (paper)")
-    p.add_argument("--steps", type=cli.integer(1), default=500, help="gradient steps (500)")
-    p.add_argument("--restarts", type=cli.integer(1), default=50, help="starts per seed, the first at the seed (50)")
-    p.add_argument("--alpha", type=cli.number(0, 1e3, open_low=True), default=3.0, help="length of the first step "
-                   "in tenths of the radius (3); radii differ a thousandfold from data set to data set")
+    p.add_argument("--steps", type=cli.integer(1), default=params.ATTACK_STEPS,
+                   help=f"gradient steps ({params.ATTACK_STEPS})")
+    p.add_argument("--restarts", type=cli.integer(1), default=params.ATTACK_RESTARTS,
+                   help=f"starts per seed, the first at the seed ({params.ATTACK_RESTARTS})")
+    p.add_argument("--alpha", type=cli.number(0, 1e3, open_low=True), default=params.ATTACK_ALPHA,
+                   help=f"length of the first step in tenths of the radius ({params.ATTACK_ALPHA:g}); radii differ a "
+                   "thousandfold from data set to data set")
     p.add_argument("--batches", type=cli.integer(1), default=2, help="batches of seeds (2)")
     p.add_argument("--batch_size", type=cli.integer(1), default=100, help="seeds in a batch (100)")
     p.add_argument("--out_seeds", type=cli.flag, default=False, help="1 = seeds are test draws of the "

@@ -10,7 +10,6 @@ first.  On two CPU cores a LeNet takes seconds, a ResNet18 some eight minutes.
 
 import contextlib
 import sys
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -18,7 +17,7 @@ import pandas as pd
 import model_paths
 import params
 from utils import cli, evaluation, files, records, tables
-from utils.backups import SCORES
+from utils.backups import SCORES, meta_of
 from utils.data import load_in_dist, load_ood, load_ood_folder
 from utils.errors import MissingData, UserError
 from utils.out_data import FIXED, load_out
@@ -27,17 +26,16 @@ from utils.registry import check_fit, load_models, name_untrained
 
 def main(args):
     device = cli.device(args.gpu)
-    folders = dict(cli.assignment(item, "--ood") for item in args.ood)
-    if taken := {"orig", *params.DATASETS[args.dataset].ood} & set(folders) or len(folders) < len(args.ood):
-        raise UserError(f"--ood: {'a name stands twice' if taken is True else f'{taken.pop()} is a row already'}; "
-                        "choose another name")
-    stem = Path(args.output or model_paths.RESULTS / f"table2_{args.dataset}_{time.strftime('%Y%m%d-%H%M%S')}")
+    rows = ["orig", *params.DATASETS[args.dataset].ood, *(name for name, _ in args.ood)]
+    if twice := [name for name in rows if rows.count(name) > 1]:
+        raise UserError(f"--ood: {twice[0]} is a row already; choose another name")
+    stem = Path(args.output or model_paths.table(2, f"{args.dataset}_{model_paths.stamp()}"))
     backup = model_paths.backup(stem)
     files.check_writable(stem, f"{stem}.csv", f"{stem}_fpr95.csv", backup)
     models = load_models(args.dataset, args.models, device)
     test = load_in_dist(args.dataset, "test", args.data_dir, args.download, args.image_size)
     check_fit(models, test)
-    sets = ood_sets(args, folders, test)
+    sets = ood_sets(args, test)
     warn_overlap(models, sets, test, args)
     files.lock(stem)
     if args.models is None:
@@ -67,7 +65,7 @@ def main(args):
     written.append(files.write_json(model_paths.table_runs(stem), runs(args.dataset, models, test_errors)))
     written.append(files.save({
         "format": SCORES, "record": records.of(args), "dataset": args.dataset,
-        "test_error": test_errors, "meta": {label: model.meta for label, model in models.items()},
+        "test_error": test_errors, "meta": meta_of(models),
         "scores": {f"{label}/{name}": value.cpu() for (label, name), value in scores.items()}}, backup))
     print("", *(f"wrote {path}" for path in written), sep="\n")
 
@@ -85,9 +83,9 @@ def runs(dataset, models, test_errors) -> dict:
     return made
 
 
-def ood_sets(args, folders, test) -> dict:
+def ood_sets(args, test) -> dict:
     """name -> images of the OOD sets that are there; a line for each that is not."""
-    own = {name: load_ood_folder(name, folder, test) for name, folder in folders.items()}
+    own = {name: load_ood_folder(name, folder, test) for name, folder in args.ood}
     sets = {}
     for name in params.DATASETS[args.dataset].ood:
         try:
@@ -106,12 +104,12 @@ def warn_overlap(models, sets, test, args) -> None:
             labels = [label for label, model in models.items() if model.meta.get("out_dataset") == out]
             print(f"warning: {', '.join(labels)} learnt on {out}, which {twins[0]} is too: it is not OOD to them",
                   file=sys.stderr)
-    known = {args.dataset: test}
+    hashes = {args.dataset: set(map(hash, image_bytes(test)))}
     for name, seed in trained:
         if name in FIXED:
             with contextlib.suppress(UserError):        # not on this machine
-                known[f"the out-images of {name}"] = load_out(name, test, args.data_dir, seed=seed)
-    hashes = {what: set(map(hash, image_bytes(data))) for what, data in known.items()}
+                out = load_out(name, test, args.data_dir, seed=seed)
+                hashes.setdefault(f"the out-images of {name}", set()).update(map(hash, image_bytes(out)))
     for name, data in sets.items():
         own = [hash(image) for image in image_bytes(data)]
         for what, others in hashes.items():
@@ -136,8 +134,7 @@ def make_table(models, sets, scores, metric, with_mmc: bool) -> pd.DataFrame:
         columns[label, "MMC"] = {s: evaluation.mmc(scores[label, s]) if model.score_is_confidence else None
                                  for s in ("orig", *sets)}
         columns[label, name] = {"orig": None, **values}
-    table = pd.DataFrame(columns).astype(object)
-    return table.where(table.notna(), None)
+    return pd.DataFrame(columns, dtype=float)
 
 
 def parser() -> cli.Parser:
@@ -146,7 +143,8 @@ def parser() -> cli.Parser:
     p.add_argument("--batch_size", type=cli.integer(1), default=1000, help="images at a time (1000)")
     p.add_argument("--drop_mmc", type=cli.flag, default=False, help="1 = AUC only, 0 = mean confidence too (0)")
     p.add_argument("--aupr", type=cli.flag, default=False, help="1 = average precision instead of AUC (0)")
-    p.add_argument("--ood", nargs="+", default=[], metavar="NAME=FOLDER", help="more OOD sets: folders of images")
+    p.add_argument("--ood", nargs="+", type=cli.assignment, default=[], metavar="NAME=FOLDER",
+                   help="more OOD sets: folders of images")
     p.add_argument("--output", type=cli.stem, metavar="PATH",
                    help="write PATH.csv and PATH.txt (results/table2_<dataset>_<time>)")
     return p

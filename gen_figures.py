@@ -11,7 +11,6 @@ import os
 import sys
 from pathlib import Path
 
-import params
 from utils import cli
 from utils.errors import UserError
 
@@ -61,12 +60,7 @@ def run(name: str, values: dict) -> str:
 
 
 def parser() -> cli.Parser:
-    p = cli.Parser(__doc__)
-    p.add_argument("--datasets", nargs="+", required=True, choices=list(params.DATASETS), metavar="D",
-                   help="in-distributions: " + ", ".join(params.DATASETS))
-    p.image_size().add_argument("--data_dir", default="data", help="where the data sets are (data)")
-    p.add_argument("--debug", type=cli.flag, default=False, help="1 = show the traceback of an error (0)")
-    return p
+    return cli.Parser(__doc__).datasets().data_dir()
 
 
 if __name__ == "__main__":

@@ -46,8 +46,8 @@ def main(args):
     for n, path in paths.items():
         options = {"dataset": args.dataset, "metric": name, "n": n, "out_dataset": out_name,
                    "out_dir": args.out_dir if out_name == "Folder" else None,
-                   "seed": args.seed, "images": [len(data), len(out)], "reg_covar": args.reg_covar,
-                   "augm_flag": args.augm_flag}
+                   "seed": args.seed, "images": [len(data), len(out)], "shape": list(data.images.shape[1:]),
+                   "reg_covar": args.reg_covar, "augm_flag": args.augm_flag}
         files.lock(path)
         if args.resume and path.exists() and made_with(options, path):
             print(f"{path} is there")

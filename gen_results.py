@@ -17,7 +17,7 @@ import pandas as pd
 
 import model_paths
 import params
-from utils import cli, files, records
+from utils import cli, files, records, tables
 from utils.errors import UserError
 from utils.tables import benchmark_cells, by_making, percent
 
@@ -43,7 +43,7 @@ def short() -> str:
     """The headlines."""
     parts = []
     for name in (name for name in SHORT if name in names_there()):
-        with explained(f"{table(2, name)}* and {table(1, name)}*", "make tables"):
+        with explained(f"{model_paths.table(2, name)}* and {model_paths.table(1, name)}*", "make tables"):
             figures = over_seeds(read_figures(name, read_runs(name)))
             parts.append(markdown(figures[[label for label in SHORT[name] if label in figures]].map(show)))
     return "\n".join(parts)
@@ -53,7 +53,7 @@ def results() -> str:
     """All sections as Markdown."""
     text = ""
     for name in names_there():
-        with explained(f"{table(2, name)}* and {table(1, name)}*", "make tables"):
+        with explained(f"{model_paths.table(2, name)}* and {model_paths.table(1, name)}*", "make tables"):
             text += section(name)
     for path in sorted(model_paths.RESULTS.glob("ablation_*.csv")):
         with explained(f"{path} and its .txt", "benchmarks/ablation.py"):
@@ -76,17 +76,14 @@ def explained(paths: str | Path, writer: str):
 
 def names_there() -> list[str]:
     """D and D-NAME of the tables in results/, data set by data set."""
-    names = [path.stem.removeprefix("table2_") for path in model_paths.RESULTS.glob("table2_*.csv")]
+    prefix = model_paths.table(2, "")
+    names = [path.stem.removeprefix(prefix.name) for path in prefix.parent.glob(f"{prefix.name}*.csv")]
     return [name for dataset in params.DATASETS for name in sorted(names)
             if dataset_of(name) == dataset and not name.endswith("_fpr95")]
 
 
 def dataset_of(name: str) -> str:
     return name.partition("-")[0]
-
-
-def table(number: int, name: str) -> Path:
-    return model_paths.RESULTS / f"table{number}_{name}"
 
 
 def section(name: str) -> str:
@@ -109,7 +106,7 @@ def section(name: str) -> str:
 
 def read_runs(name: str) -> dict:
     """label -> how it was trained."""
-    path = model_paths.table_runs(table(2, name))
+    path = model_paths.table_runs(model_paths.table(2, name))
     if not (runs := records.load(path)):
         raise OSError(f"no {path.name}")
     return runs
@@ -117,11 +114,11 @@ def read_runs(name: str) -> dict:
 
 def read_figures(name: str, runs: dict) -> pd.DataFrame:
     """Rows "test error", "AUC <OOD set>", "adversarial noise <statistic>"; a column a model; percent, NaN = none."""
-    table2 = pd.read_csv(f"{table(2, name)}.csv", header=[0, 1], index_col=0).drop(index="orig")
+    table2 = pd.read_csv(f"{model_paths.table(2, name)}.csv", header=[0, 1], index_col=0).drop(index="orig")
     table2 = table2.xs("AUC", axis=1, level=1).rename("AUC {}".format)
     errors = pd.DataFrame({label: {"test error": runs[label]["test_error"]} for label in table2})
     parts = [errors, table2]
-    if (path := Path(f"{table(1, name)}.csv")).exists():
+    if (path := Path(f"{model_paths.table(1, name)}.csv")).exists():
         table1 = pd.read_csv(path, index_col=[0, 1]).loc[dataset_of(name)].reindex(columns=table2.columns)
         if ((table1.loc["TE"] - errors.loc["test error"]).abs() > 0.01).any():
             raise ValueError("the test errors of the two tables differ: they are of different models")
@@ -173,19 +170,17 @@ def how(name: str, runs: dict) -> str:
                 f"thread{'s' * (run['threads'] > 1)}" for run in timed.values()}
     lines.append(f"Minutes of training ({'; '.join(sorted(machines))}): "
                  + ", ".join(f"{label} {run['seconds'] / 60:.1f}" for label, run in timed.items()) + ".")
-    notes = [line.removeprefix("% ") for number in (1, 2) if (path := Path(f"{table(number, name)}.txt")).exists()
-             for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("% ")]
+    stems = [model_paths.table(number, name) for number in (1, 2)]
+    notes = [note for stem in stems if Path(f"{stem}.txt").exists() for note in tables.notes(stem)]
     balls = f"{dataset_of(name)}: "
     lines += [f"Attack: {note.removeprefix(balls)}." for note in notes if note.startswith(balls)]
-    lines.append(f"The models' commands are in `{model_paths.table_runs(table(2, name))}`; the tables':")
+    lines.append(f"The models' commands are in `{model_paths.table_runs(model_paths.table(2, name))}`; the tables':")
     commands = [note.removeprefix("command: ") for note in notes if note.startswith("command: ")]
     return "\n".join(lines) + "\n\n" + "".join(f"    {command}\n" for command in commands)
 
 
 def ablation(path: Path) -> str:
-    notes = [line.removeprefix("% ") for line in path.with_suffix(".txt").read_text(encoding="utf-8").splitlines()
-             if line.startswith("% ")]
-    title, command, *said = notes
+    title, command, *said = tables.notes(path.with_suffix(""))
     return (f"### {title}\n\n" + "\n".join(f"{line}." for line in said)
             + f"\n\n    {command.removeprefix('command: ')}\n\n"
             + markdown(pd.read_csv(path, index_col=0).map(percent)) + "\n")
@@ -217,9 +212,7 @@ PAGES = {Path("README.md"): short, model_paths.RESULTS / "README.md": results}
 
 
 def parser() -> cli.Parser:
-    p = cli.Parser(__doc__)
-    p.add_argument("--debug", type=cli.flag, default=False, help="1 = show the traceback of an error (0)")
-    return p
+    return cli.Parser(__doc__)
 
 
 if __name__ == "__main__":

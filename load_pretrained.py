@@ -65,8 +65,7 @@ def from_authors(state: dict, dataset: params.Dataset) -> CCU:
         s = take(f"{name}.metric.singular_values", D)
         own = PCAMetric(take(f"{name}.metric.comp_vecs", D, D), s)
         agree(f"{name}.metric.singular_values_sqrt", take(f"{name}.metric.singular_values_sqrt", D), s.sqrt())
-        if metric is not None and not (torch.equal(own.comp_vecs, metric.comp_vecs) and
-                                       torch.equal(s, metric.singular_values)):
+        if metric is not None and not own.equals(metric):
             raise ValueError("mm.metric and mm_out.metric differ, and the certificate needs one metric")
         metric = metric or own
         agree(f"{name}.norm_const", take(f"{name}.norm_const"), D / 2 * math.log(2 * math.pi) + metric.log_det / 2)

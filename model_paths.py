@@ -5,6 +5,7 @@ A model that was trained elsewhere takes part in the tables as checkpoints/<data
 """
 
 import re
+import time
 from pathlib import Path
 
 CHECKPOINTS, RESULTS, LOGS = Path("checkpoints"), Path("results"), Path("logs")
@@ -54,6 +55,16 @@ def model(dataset: str, label: str) -> Path:
     return CHECKPOINTS / dataset / f"{label}.pt"
 
 
+def table(number: int, name: str) -> Path:
+    """A table's files without their endings."""
+    return RESULTS / f"table{number}_{name}"
+
+
+def stamp() -> str:
+    """The time, for names that are given none."""
+    return time.strftime("%Y%m%d-%H%M%S")
+
+
 def table_runs(stem: str | Path) -> Path:
     """How the models of Table 2 were trained."""
     return Path(f"{stem}_runs.json")
@@ -89,8 +100,8 @@ def command(dataset: str, label: str) -> str:
     return f"python run_training.py --dataset {dataset}{images} {options(label)} --augm_flag 1"
 
 
-def log_dir(dataset: str, label: str, stamp: str) -> Path:
-    return LOGS / dataset / f"{label}_{stamp}"
+def log_dir(dataset: str, label: str) -> Path:
+    return LOGS / dataset / f"{label}_{stamp()}"
 
 
 def attack_units(dataset: str, label: str, digest: str) -> Path:

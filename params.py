@@ -94,6 +94,8 @@ LR_GMM = 1e-5            #                                                      
 
 RATIO = 1.1              # radii are certified for a confidence of at most this / classes       [code]
 
+ATTACK_STEPS, ATTACK_RESTARTS, ATTACK_ALPHA = 500, 50, 3.0  # of Table 1; alpha: utils/attack.py [code]
+
 ACET_EPS = 0.3           # l_inf radius                                                     [Hein et al. 2019]
 ACET_STEPS = 40          # gradient steps                                                       [code]
 ACET_WARM_EPOCHS = 3     # epochs with                                                          [code]
@@ -105,8 +107,9 @@ METHODS = {
     "EDL": Method(optimizer="adam"),                                            # [ours]
     "MCD": Method(arch="arch_dropout", optimizer="adam", lr=2e-4, weight_decay=0.0),            # [ours]
     "GAN": Method(arch="arch_gan", optimizer="adam", lr=2e-4),                  # [Lee et al. 2018, confident]
-    "ODIN": Method(), "Maha": Method(),     # not trained: calibrated on Base
+    "ODIN": Method(), "Maha": Method(),
 }
+CALIBRATED = ("ODIN", "Maha")   # on Base, not trained
 MCD_PASSES = 10          # passes with dropout at test time                                     [ours]
 MEMBERS = 5              # networks of DE                           [Lakshminarayanan et al. 2017, section 3]
 GAN_BETA = 1.0           # weight of KL(uniform || p) on generated images                       [ours]

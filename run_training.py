@@ -31,8 +31,6 @@ from utils.registry import check_fit, load_models
 from utils.state import State
 from utils.training import Settings, train
 
-CALIBRATED = {"ODIN": ("temperature", "eps"), "Maha": ("eps",)}     # on Base, not trained: what each chooses
-
 
 def main(args):
     device = cli.device(args.gpu)
@@ -42,10 +40,10 @@ def main(args):
               file=sys.stderr)
     label = args.label or model_paths.label(args.train_type, args.fit_out)
     path = model_paths.model(args.dataset, label)
-    calibrated = args.train_type in CALIBRATED
+    calibrated = args.train_type in params.CALIBRATED
     out_name = resolve(args.out_dataset, args.data_dir) if objectives.needs_out(args.train_type, args.fit_out) else None
 
-    files.check_writable(path, model_paths.log_dir(args.dataset, label, "") / "events")
+    files.check_writable(path, model_paths.log_dir(args.dataset, label) / "events")
 
     # what has to be there already comes first
     base_label = model_paths.sibling(label, "Base")
@@ -100,8 +98,9 @@ def main(args):
     if out_name == "Folder":
         meta["out_dir"] = args.out_dir
     if calibrated:
-        meta |= {name: getattr(model, name).item() for name in CALIBRATED[args.train_type]}
-        print(", ".join(f"{name} {meta[name]:.4g}" for name in CALIBRATED[args.train_type]))
+        chosen = {name: getattr(model, name).item() for name in history[0] if name != "auroc"}
+        meta |= chosen
+        print(", ".join(f"{name} {value:.4g}" for name, value in chosen.items()))
     files.save_model(model, path, meta)
     # the epochs' own times count those before an interruption too
     seconds = time.monotonic() - start if calibrated else sum(e["seconds"] for h in histories for e in h)
@@ -129,9 +128,10 @@ def train_network(args, seed, name, state_path, data, out, base, mixtures) -> tu
     augmentation = Augmentation.of(defaults) if args.augm_flag else None
     options = {key: value for key, value in vars(args).items()
                if key not in ("gpu", "resume", "debug", "verbose", "download")}
+    options["out_dataset"] = out and out.name       # auto may mean another one by now
     if mixtures:
         options["gmm_path"] = f"of {files.digest(*mixtures[:2])}"       # the file may have been written anew
-    logs = model_paths.log_dir(args.dataset, name, time.strftime("%Y%m%d-%H%M%S"))
+    logs = model_paths.log_dir(args.dataset, name)
     model.amp = args.amp
     history = train(model, objective, data, out, augmentation, settings, State(state_path, options, args.resume), logs,
                     name, args.verbose)
@@ -155,7 +155,7 @@ def check(args) -> None:
         raise UserError("--fit_out 1 goes with --train_type CEDA_GMM (CCU) or ACET")
     if args.members is not None and args.train_type != "DE":
         raise UserError("--members goes with --train_type DE")
-    if args.warmstart and args.train_type in ("DE", *CALIBRATED):
+    if args.warmstart and args.train_type in ("DE", *params.CALIBRATED):
         raise UserError(f"--warmstart 1 starts one network from Base: --train_type {args.train_type} does not take it")
     args.members = first(args.members, params.MEMBERS)
 

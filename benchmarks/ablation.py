@@ -15,18 +15,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import pandas as pd  # noqa: E402
-import torch  # noqa: E402
+import pandas as pd
+import torch
 
-import model_paths  # noqa: E402
-import params  # noqa: E402
-from models import CCU, certified_radius  # noqa: E402
-from utils import cli, files, records, tables  # noqa: E402
-from utils.data import load_in_dist  # noqa: E402
-from utils.errors import UserError  # noqa: E402
+import model_paths
+import params
+from models import CCU, certified_radius
+from utils import cli, files, records, tables
+from utils.data import load_in_dist
+from utils.errors import UserError
+from utils.records import ROOT
 
 VARIANTS = {        # label -> metric, mixtures, centroids
     "sqrt-s": ("--PCA 1", "--fit_out 1", 100),
@@ -57,8 +57,13 @@ def main(args):
         path = folder / model_paths.model(args.dataset, label)
         if not path.exists():
             run("run_training.py", *training, *method, "--label", label, "--resume", "1")
-        elif (epochs := files.load_model(path).meta["epochs"]) != args.epochs:
-            raise UserError(f"{path} was trained for {epochs} epochs: give another --name, or remove {folder}")
+        else:
+            model = files.load_model(path)
+            made = model.meta | {"arch": model.spec["base_model"]["arch"]}
+            wanted = {"epochs": args.epochs, "seed": args.seed, "amp": args.amp, "arch": args.arch or made["arch"]}
+            if odd := [key for key in wanted if made[key] != wanted[key]]:
+                raise UserError(f"{path} was trained with {odd[0]} {made[odd[0]]}: give another --name, or remove "
+                                f"{folder}")
 
     common = [*f"--dataset {args.dataset} --image_size {args.image_size} --seed {args.seed}".split(),
               "--download", str(int(args.download)), "--data_dir", from_there(args.data_dir)]
@@ -79,8 +84,7 @@ def main(args):
         train(label, *f"--train_type CEDA_GMM {metric} {mixtures} --n {n}".split())
     evaluation = [*common, "--models", "Base", *VARIANTS, "--output", "table2"]
     if args.ood:
-        sets = (cli.assignment(item, "--ood") for item in args.ood)
-        evaluation += ["--ood", *(f"{label}={from_there(images)}" for label, images in sets)]
+        evaluation += ["--ood", *(f"{label}={from_there(images)}" for label, images in args.ood)]
     run("gen_eval.py", *evaluation)
 
     auc = pd.read_csv(folder / "table2.csv", header=[0, 1], index_col=0)
@@ -92,12 +96,11 @@ def main(args):
         model = files.load_model(folder / model_paths.model(args.dataset, label))
         rows[label] = {"TE": model.meta["test_error"], **auc[label].rename(lambda ood: f"AUC {ood}"),
                        "AUC mean": auc[label].mean(), **radii(model, noise, test.floats())}
-    table = pd.DataFrame(rows).T.astype(object)
+    table = pd.DataFrame(rows, dtype=float).T
     notes = [f"command: {records.of(args)['command']}",
              f"all models: {tables.how_made(model.meta | {'out_dir': args.out_dir})}",
              "R: median radius (tight, ratio 1.1) around uniform noise, in units of the metric; R / distance: its "
              "median share (%) of the distance to the closest test image; R > 0: share of seeds (%)"]
-    table = table.where(table.notna(), None)
     title = f"Ablation, {name}"
     tables.show(table, title)
     print(*(f"wrote {file}" for file in tables.write(table, stem, title, notes)), sep="\n")

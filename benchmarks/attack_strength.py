@@ -11,15 +11,15 @@ is how many gradients the attack needs for what plain reaches.  Some minutes on 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch  # noqa: E402
+import torch
 
-from models import certified_radius  # noqa: E402
-from utils import cli  # noqa: E402
-from utils.attack import Region, ascend, score_and_gradient  # noqa: E402
+from models import certified_radius
+from utils import cli
+from utils.attack import Region, ascend, score_and_gradient
 from utils.data import load_in_dist
-from utils.registry import load_models  # noqa: E402
+from utils.registry import load_models
 
 CHECKPOINTS = (10, 25, 50, 100)
 FRACTIONS = (1.0, 0.02, 0.003)

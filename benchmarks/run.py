@@ -451,7 +451,7 @@ def peak_of_fit(n: int, D: int) -> int:
     """Peak bytes of a process that makes the images, fits metric and mixture, and has loaded PyTorch for it."""
     X = synthetic(n, D)
     metric = PCAMetric.fit(X)
-    fit_gmm(metric.transform(X), metric, K, params.REG_COVAR, 0, lambda *_: None)
+    fit_gmm(metric.transform(X), metric, K, params.REG_COVAR, 0)
     import resource
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 

@@ -20,11 +20,8 @@ class CCU(Detector):
     def __init__(self, base_model: nn.Module, gmm_in: GMM, gmm_out: GMM | None, loglam: float, classes: int):
         if gmm_out is not None and gmm_out.metric is not gmm_in.metric:
             raise ValueError("the two mixtures must share one metric")
-        super().__init__(base_model, {
-            "kind": "CCU", "base_model": getattr(base_model, "spec", None), "classes": classes,
-            "dim": gmm_in.metric.dim, "components_in": gmm_in.components,
-            "components_out": gmm_out.components if gmm_out is not None else 0,
-        })
+        super().__init__(base_model, classes=classes, dim=gmm_in.metric.dim, components_in=gmm_in.components,
+                         components_out=gmm_out.components if gmm_out is not None else 0)
         self.gmm_in = gmm_in
         self.gmm_out = gmm_out
         self.classes = classes

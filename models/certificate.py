@@ -271,8 +271,9 @@ def blocks(ccu: CCU, x: Tensor, method: str, margin: float = 1.0) -> Iterator[tu
     if x.dim() < 2 or math.prod(x.shape[1:]) != D or not x.isfinite().all():
         raise ValueError(f"points must be [B, ...] with {D} finite numbers each, got {list(x.shape)}")
     mixtures = Mixtures(ccu)
-    pairs = len(mixtures.mu) * len(mixtures.nu) if method == "tight" and not mixtures.single else 1
-    size = max(1, BLOCK // max(pairs, D))
+    K, L = len(mixtures.mu), 0 if mixtures.single else len(mixtures.nu)
+    pairs = K * max(L, 2 * len(RADII)) if method == "tight" and L else 0
+    size = max(1, BLOCK // max(D, K, L, pairs))
     for block in (slice(i, i + size) for i in range(0, len(x), size)):
         yield block, Balls(mixtures, x[block].flatten(1).to(mixtures.mu), method, margin)
 

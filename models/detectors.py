@@ -15,17 +15,17 @@ class Detector(nn.Module):
     """Images [B, C, H, W] in [0, 1] -> log-confidences [B, M]; `score` [B], higher = more in-distribution.
 
     A detector is rebuilt from `spec`, plain values only, by `models.build`; with a classifier that has no spec (none of
-    models/classifiers.py) it computes as well, but cannot be saved.
+    models/classifiers.py) it can compute, but not be saved.
     """
 
     score_is_confidence = True      # exp(score) is a confidence, so that MMC has a meaning
     meta: dict = {}                 # how the model was made: plain values
     amp = False                     # bf16 autocast of the classifier; densities always stay outside
 
-    def __init__(self, base_model: nn.Module, spec: dict):
+    def __init__(self, base_model: nn.Module, **spec):
         super().__init__()
         self.base_model = base_model
-        self.spec = spec
+        self.spec = {"kind": type(self).__name__, "base_model": getattr(base_model, "spec", None), **spec}
 
     def logits(self, x: Tensor) -> Tensor:
         """The classifier's logits [B, M]."""
@@ -49,9 +49,6 @@ class Detector(nn.Module):
 class Softmax(Detector):
     """A classifier's softmax (Base, CEDA, OE, ACET, GAN)."""
 
-    def __init__(self, base_model: nn.Module):
-        super().__init__(base_model, {"kind": "Softmax", "base_model": getattr(base_model, "spec", None)})
-
     def forward(self, x: Tensor) -> Tensor:
         return self.log_softmax(x)
 
@@ -61,9 +58,6 @@ class EDL(Detector):
 
     alpha = elu(logit) + 2 > 1, p = alpha / S with S = sum alpha.
     """
-
-    def __init__(self, base_model: nn.Module):
-        super().__init__(base_model, {"kind": "EDL", "base_model": base_model.spec})
 
     def alpha(self, x: Tensor) -> Tensor:
         """The Dirichlet parameters [B, M]."""
@@ -84,10 +78,10 @@ class MCD(Detector):
 
     score_is_confidence = False
 
-    def __init__(self, base_model: nn.Module, passes: int = 10):
-        super().__init__(base_model, {"kind": "MCD", "base_model": base_model.spec, "passes": passes})
+    def __init__(self, base_model: nn.Module, passes: int):
+        super().__init__(base_model, passes=passes)
         if not (layers := self.dropouts()):
-            raise ValueError(f"{base_model.spec['arch']} has no dropout")
+            raise ValueError(f"{type(base_model).__name__} has no dropout")
         self.passes = passes
         for layer in layers:
             layer.masks = torch.ones(passes, layer.features)
@@ -102,33 +96,32 @@ class MCD(Detector):
             keep = torch.rand(layer.masks.shape, generator=generator) >= layer.p
             layer.masks.copy_(keep / (1 - layer.p))
 
-    def log_passes(self, x: Tensor) -> Tensor:
-        """The log-softmax of each pass [S, B, M]; in evaluation mode."""
-        return self.log_softmax(x)
-
     def forward(self, x: Tensor) -> Tensor:
         """The log of the passes' mean softmax [B, M]; in training, of one pass under fresh dropout."""
-        if self.training:
-            return self.log_softmax(x)
-        return self.log_passes(x).logsumexp(0) - math.log(self.passes)
+        log_softmax = self.log_softmax(x)           # of each pass [S, B, M]; in training [B, M]
+        return log_softmax if self.training else log_softmax.logsumexp(0) - math.log(self.passes)
 
     def score(self, x: Tensor) -> Tensor:
         """Minus the softmax's variance over the passes (divided by S), summed over the classes [B]."""
-        return -self.log_passes(x).exp().var(0, correction=0).sum(1)
+        return -self.log_softmax(x).exp().var(0, correction=0).sum(1)
+
+
+class Members(nn.ModuleList):
+    """Classifiers of one kind, side by side: the logits of each [E, B, M]."""
+
+    def __init__(self, members: Sequence[nn.Module]):
+        super().__init__(members)
+        self.spec = members[0].spec
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([member(x) for member in self])
 
 
 class DE(Detector):
     """Deep ensemble (Lakshminarayanan et al. 2017): the mean of the members' probabilities."""
 
     def __init__(self, members: Sequence[nn.Module]):
-        super().__init__(nn.ModuleList(members),
-                         {"kind": "DE", "base_model": members[0].spec, "members": len(members)})
-
-    def logits(self, x: Tensor) -> Tensor:
-        """Of each member [E, B, M]."""
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
-            logits = torch.stack([member(x) for member in self.base_model])
-        return logits.to(x.dtype)
+        super().__init__(Members(members), members=len(members))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.log_softmax(x).logsumexp(0) - math.log(len(self.base_model))
@@ -140,8 +133,8 @@ class Perturbed(Detector):
     The move is a constant for automatic differentiation: an attack differentiates the score at the moved input.
     """
 
-    def __init__(self, base_model: nn.Module, spec: dict):
-        super().__init__(base_model, spec)
+    def __init__(self, base_model: nn.Module, **spec):
+        super().__init__(base_model, **spec)
         self.register_buffer("eps", torch.tensor(0.0))
 
     def unperturbed_score(self, x: Tensor) -> Tensor:
@@ -166,7 +159,7 @@ class ODIN(Perturbed):
     """
 
     def __init__(self, base_model: nn.Module):
-        super().__init__(base_model, {"kind": "ODIN", "base_model": base_model.spec})
+        super().__init__(base_model)
         self.register_buffer("temperature", torch.tensor(1.0))
 
     def log_softmax_T(self, x: Tensor) -> Tensor:
@@ -191,8 +184,7 @@ class Maha(Perturbed):
     score_is_confidence = False
 
     def __init__(self, base_model: nn.Module, features: int, classes: int):
-        super().__init__(base_model, {"kind": "Maha", "base_model": base_model.spec, "features": features,
-                                      "classes": classes})
+        super().__init__(base_model, features=features, classes=classes)
         self.register_buffer("means", torch.zeros(classes, features))
         self.register_buffer("whitening", torch.zeros(features, features))
 

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+WIDTH = 64      # of the discriminator's first layer; the others' are multiples
+
 
 def halvings(size: int) -> int:
     """How often an image is halved until its side is odd or at most 7 (28 -> 7, 32 -> 4)."""
@@ -14,10 +16,10 @@ class Generator(nn.Module):
 
     noise = 100
 
-    def __init__(self, channels: int, size: int, width: int = 64):
+    def __init__(self, channels: int, size: int):
         super().__init__()
         n = halvings(size)
-        planes = width * 2 ** n
+        planes = WIDTH * 2 ** n
         layers = [nn.ConvTranspose2d(self.noise, planes, size >> n, bias=False), nn.BatchNorm2d(planes), nn.ReLU()]
         for _ in range(n - 1):
             layers += [nn.ConvTranspose2d(planes, planes // 2, 4, 2, padding=1, bias=False),
@@ -33,14 +35,14 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """Images [B, C, H, W] -> the logit [B] of being real."""
 
-    def __init__(self, channels: int, size: int, width: int = 64):
+    def __init__(self, channels: int, size: int):
         super().__init__()
         n = halvings(size)
-        layers = [nn.Conv2d(channels, width, 4, 2, padding=1), nn.LeakyReLU(0.2)]
+        layers = [nn.Conv2d(channels, WIDTH, 4, 2, padding=1), nn.LeakyReLU(0.2)]
         for i in range(n - 1):
-            layers += [nn.Conv2d(width << i, width << i + 1, 4, 2, padding=1, bias=False),
-                       nn.BatchNorm2d(width << i + 1), nn.LeakyReLU(0.2)]
-        self.layers = nn.Sequential(*layers, nn.Conv2d(width << n - 1, 1, size >> n))
+            layers += [nn.Conv2d(WIDTH << i, WIDTH << i + 1, 4, 2, padding=1, bias=False),
+                       nn.BatchNorm2d(WIDTH << i + 1), nn.LeakyReLU(0.2)]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(WIDTH << n - 1, 1, size >> n))
         self.apply(initialise)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -51,6 +51,9 @@ class PCAMetric(nn.Module):
         """The plain Euclidean metric (`--PCA 0`)."""
         return cls(torch.eye(D), torch.ones(D))
 
+    def equals(self, other: "PCAMetric") -> bool:
+        return torch.equal(self.comp_vecs, other.comp_vecs) and torch.equal(self.singular_values, other.singular_values)
+
     @property
     def dim(self) -> int:
         return self.comp_vecs.shape[0]

@@ -228,7 +228,7 @@ def test_wrong_arguments_are_refused():
 def test_leaves_parameters_and_detector_alone():
     class Linear(Detector):
         def __init__(self):
-            super().__init__(torch.nn.Linear(6, 3), {})
+            super().__init__(torch.nn.Linear(6, 3))
 
         def forward(self, x):
             return self.log_softmax(x.flatten(1))

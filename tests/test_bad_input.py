@@ -19,7 +19,7 @@ from PIL import Image
 
 import utils.evaluation
 from models import CCU, GMM, LeNet, PCAMetric, Softmax
-from utils import cli, files
+from utils import backups, cli, files
 from utils.data import load_in_dist, read_idx
 from utils.errors import UserError
 from utils.images import list_images, read_images
@@ -130,7 +130,7 @@ LOAD = "load_pretrained.py --dataset MNIST --pretrained"
 
 
 def seeds(value):
-    return saved("seeds.pt", {"format": "CCU attack, version 1", "seeds": value})
+    return saved("seeds.pt", {"format": backups.ATTACK, "seeds": value})
 
 
 # command, words of the one line, what makes the bad file
@@ -207,7 +207,7 @@ TABLE = [
     (f"{EVAL} --ood nonsense", ["nonsense", "NAME=FOLDER"]),
     (f"{EVAL} --ood x=", ["x=", "NAME=FOLDER"]),
     (f"{EVAL} --ood Noise=checkpoints", ["Noise is a row already"]),
-    (f"{EVAL} --ood a=checkpoints a=checkpoints", ["twice"]),
+    (f"{EVAL} --ood a=checkpoints a=checkpoints", ["a is a row already"]),
     (f"{EVAL} --ood a=nowhere", ["nowhere", "no images"]),
     (f"{EVAL} --ood a=checkpoints", ["checkpoints", "no images"]),
     (f"{EVAL} --output checkpoints", ["checkpoints", "folder"]),
@@ -354,7 +354,7 @@ TABLE = [
     (SEEDS, ["seeds.pt", "no images"], seeds("hello")),
     (SEEDS, ["seeds.pt", "no images"], seeds(torch.rand(0, 1, 28, 28))),
     (SEEDS, ["seeds.pt", "no images"], seeds(torch.zeros(4, 1, 28, 28, dtype=torch.uint8))),
-    (SEEDS, ["seeds.pt", "no images"], saved("seeds.pt", {"format": "CCU attack, version 1"})),
+    (SEEDS, ["seeds.pt", "no images"], saved("seeds.pt", {"format": backups.ATTACK})),
     (SEEDS, ["seeds.pt", "[3, 32, 32]"], seeds(torch.rand(4, 3, 32, 32))),
     (SEEDS, ["seeds.pt", "outside [0, 1]"], seeds(2 * torch.ones(4, 1, 28, 28))),
     (SEEDS, ["seeds.pt", "outside [0, 1]"], seeds(torch.full((4, 1, 28, 28), torch.nan))),
@@ -582,7 +582,7 @@ def make_fuzzed(kind, path):
     elif kind == "mixtures":
         files.save_mixtures(*tiny_mixtures(), path, {"n": 3})
     elif kind == "seeds":
-        files.save({"format": "CCU attack, version 1", "seeds": torch.rand(5, 1, 4, 4)}, path)
+        files.save({"format": backups.ATTACK, "seeds": torch.rand(5, 1, 4, 4)}, path)
     elif kind == "npy":
         np.save(path, np.zeros((10, 32, 32, 3), np.uint8))
     else:
@@ -633,7 +633,7 @@ class Eval(Evil):
 def test_no_file_runs_code(evil, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "x.pt"
-    value = {"format": "CCU attack, version 1", "seeds": [evil()]}
+    value = {"format": backups.ATTACK, "seeds": [evil()]}
     for kind in ("zip", "legacy", "pickle", "object array"):
         if kind == "pickle":
             path.write_bytes(pickle.dumps(value))

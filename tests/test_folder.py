@@ -7,7 +7,9 @@ import torch
 from conftest import run_script
 from PIL import Image
 
-from utils.files import load_model
+import gen_gmm
+from utils.files import load_mixtures, load_model
+from utils.out_data import load_out
 
 COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (210, 50, 40)}
 DATA = "--dataset Folder --data_dir images --image_size 8"
@@ -114,6 +116,26 @@ def test_a_class_without_a_readable_image_is_named(tmp_path, monkeypatch, capsys
         run_script(f"run_training.py {DATA} --train_type plain")
     assert stopped.value.code == 2
     assert "no image of images/train/green can be read" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_test_images_without_class_folders_are_pointed_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "images" / "train", 2, COLOURS, 0)
+    write_images(tmp_path / "images", 2, {"test": (0, 0, 0)}, 1)
+    with pytest.raises(SystemExit) as stopped:
+        run_script(f"run_training.py {DATA} --train_type plain")
+    assert stopped.value.code == 2
+    assert "images/test has no class folders" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_mixtures_of_another_image_size_are_fitted_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "images" / "train", 8, COLOURS, 0)
+    write_images(tmp_path / "images" / "test", 2, COLOURS, 1)
+    monkeypatch.setattr(gen_gmm, "load_out", lambda *args, **options: load_out(*args, **options | {"n": 60}))
+    for size, seen in ((8, 192), (8, 192), (12, 432)):
+        run_script(f"gen_gmm.py --dataset Folder --data_dir images --image_size {size} --PCA 0 --n 2 --resume 1")
+        assert load_mixtures("checkpoints/Folder/gmm/euclidean_n2_Photos.pt", "")[0].metric.dim == seen
 
 
 def test_few_images_for_the_metric_are_pointed_out(tmp_path, monkeypatch, capsys):

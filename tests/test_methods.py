@@ -147,7 +147,7 @@ def test_acet_lowers_the_largest_confidence_on_adversarial_noise(uniform, epoch,
         start = torch.rand(x.shape, generator=torch.Generator().manual_seed(1)) if uniform else z
     finally:
         torch.set_default_dtype(torch.float32)
-    assert objective.needs_out is not uniform and model.training
+    assert objectives.needs_out("ACET", fit_out=not uniform) is not uniform and model.training
     assert calls[0][1:] == (params.ACET_EPS, 7, False) and torch.equal(calls[0][0], start)
     lam = params.ACET_WARM_LAMBDA if epoch < params.ACET_WARM_EPOCHS else math.exp(0.75)
     X, Z = arrays(x, start / 2 + 0.1)
@@ -340,7 +340,7 @@ def test_mcd_scores_by_the_variance_over_its_passes():
     model.train()
     assert model(x).shape == (5, M) and not torch.equal(model(x), model(x))
     with pytest.raises(ValueError, match="LeNet has no dropout"):
-        MCD(CLASSIFIERS["LeNet"](1, 8, M))
+        MCD(CLASSIFIERS["LeNet"](1, 8, M), passes=2)
 
 
 def test_de_is_the_mean_of_its_members():

@@ -122,7 +122,7 @@ def test_em_never_loses_likelihood(update_weights):
 def test_fit_gmm_has_uniform_weights_and_one_shared_variance():
     z = blobs()
     metric = PCAMetric.euclidean(10)
-    gmm, fit = fit_gmm(z, metric, 5, 1e-3, 0, lambda *_: None)
+    gmm, fit = fit_gmm(z, metric, 5, 1e-3, 0)
     torch.testing.assert_close(gmm.alpha.exp(), torch.full((5,), 0.2))
     torch.testing.assert_close(gmm.logvar.exp(), fit.variances.mean().expand(5))
     assert not (fit.variances == fit.variances[0]).all()
@@ -130,7 +130,7 @@ def test_fit_gmm_has_uniform_weights_and_one_shared_variance():
 
 def test_fit_gmm_survives_a_large_offset():
     z, metric = blobs(), PCAMetric.euclidean(10)
-    near, far = (fit_gmm(x, metric, 5, 1e-3, 0, lambda *_: None)[0] for x in (z, z + 1000))
+    near, far = (fit_gmm(x, metric, 5, 1e-3, 0)[0] for x in (z, z + 1000))
     torch.testing.assert_close(far.logvar, near.logvar, rtol=0, atol=1e-3)
     torch.testing.assert_close(far.mu - 1000, near.mu, rtol=0, atol=1e-3)
 

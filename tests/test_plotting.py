@@ -27,7 +27,8 @@ def attack_backup(n=5, labels=("Base", "MCD"), dataset="Digits"):
               for label in labels}
     return {"format": backups.ATTACK, "dataset": dataset, "seeds": torch.rand(n, 1, 4, 4, generator=g),
             "radii": torch.rand(n, generator=g, dtype=torch.float64), "models": models,
-            "meta": {label: {"train_type": "MCD" if label == "MCD" else "plain", "epochs": 7} for label in labels},
+            "meta": {label: {"train_type": "MCD" if label == "MCD" else "plain", "epochs": 7,
+                             "score_is_confidence": label != "MCD"} for label in labels},
             "scores_in": {label: -torch.rand(20, generator=g) for label in labels},
             "record": {"command": "python gen_attack_stats.py"}}
 

@@ -11,6 +11,7 @@ import gen_attack_stats
 import gen_gmm
 from utils import files, load_model, save_model, tables
 from utils.attack import AttackResult
+from utils.backups import ATTACK
 from utils.out_data import load_out
 
 
@@ -28,7 +29,7 @@ def attacks(monkeypatch):
 
 def test_a_killed_attack_keeps_batches_of_the_same_options_and_weights_alone(work, attacks, monkeypatch):
     """Seeds are loaded and radii given, so that these stay the same whatever else changes."""
-    files.save({"format": "CCU attack, version 1", "seeds": torch.rand(6, 1, 28, 28)}, "seeds.pt")
+    files.save({"format": ATTACK, "seeds": torch.rand(6, 1, 28, 28)}, "seeds.pt")
     monkeypatch.setattr(tables, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))     # after all batches
 
     def attacked(changes=""):
@@ -45,7 +46,7 @@ def test_a_killed_attack_keeps_batches_of_the_same_options_and_weights_alone(wor
     base.base_model.fc2.bias.data[0] += 1e-3
     save_model(base, "checkpoints/Digits/Base.pt")
     assert attacked() == ["Softmax", "Softmax"]
-    files.save({"format": "CCU attack, version 1", "seeds": torch.rand(6, 1, 28, 28)}, "seeds.pt")
+    files.save({"format": ATTACK, "seeds": torch.rand(6, 1, 28, 28)}, "seeds.pt")
     assert len(attacked()) == 4
     assert len(attacked("--resume 0")) == 4
 

@@ -12,6 +12,7 @@ from conftest import run_script
 from sklearn.metrics import roc_auc_score
 
 from utils import cli, files, load_model
+from utils.backups import ATTACK
 from utils.data import load_in_dist, load_ood
 
 REPOSITORY = Path(__file__).parent.parent
@@ -66,7 +67,7 @@ def test_gen_attack_stats_writes_table_1_and_its_backup(work, capsys):
     assert list(table.columns) == ["Base", "CCU"]
     assert list(table.index) == [("Digits", row) for row in ("TE", "MMC", "SR", "AUC")]
     assert table.loc[("Digits", "MMC"), "CCU"] <= 11 and table.loc[("Digits", "SR"), "CCU"] == 0
-    backup = files.load("results/backup/t1_Digits.pt", "CCU attack, version 1")
+    backup = files.load("results/backup/t1_Digits.pt", ATTACK)
     ccu, radii = load_model("checkpoints/Digits/CCU.pt"), backup["radii"]
     metric = ccu.double().gmm_in.metric
     assert backup["seeds"].shape == (10, 1, 28, 28) and (radii > 0).all()

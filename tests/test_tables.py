@@ -14,6 +14,7 @@ import gen_attack_stats
 from models import CCU, certified_radius, confidence_bound
 from utils import evaluation, files, load_model, save_model
 from utils.attack import AttackResult
+from utils.backups import ATTACK
 from utils.data import load_in_dist, load_ood
 
 
@@ -78,7 +79,7 @@ def test_certified_columns_follow_from_the_backup(attacked):
     """Seeds on the way from noise to digits, in balls that one of them is certified in by the tight bound alone."""
     noise, way = torch.rand(12, 1, 28, 28, generator=torch.Generator().manual_seed(0)), torch.linspace(0, 1, 12)
     seeds = noise.lerp(load_in_dist("Digits", "test", "data").floats(slice(12)), way[:, None, None, None])
-    files.save({"format": "CCU attack, version 1", "seeds": seeds}, "seeds.pt")
+    files.save({"format": ATTACK, "seeds": seeds}, "seeds.pt")
     ccu = load_model("checkpoints/Digits/CCU.pt")
     paper, tight = (certified_radius(ccu, seeds, 1.1, method=method).numpy() for method in ("paper", "tight"))
     attacked(f"--fit_out 1 --load_seeds seeds.pt --radius {(paper[6] + tight[6]) / 2} --certify 1")

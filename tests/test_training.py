@@ -2,7 +2,9 @@
 
 import json
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import run_script
@@ -63,6 +65,22 @@ def test_another_learning_rate_does_not_continue_a_run(tmp_path, monkeypatch, ca
     with pytest.raises(SystemExit) as stop:
         run_script(command + " --lr 0.1 --resume 1")
     assert stop.value.code == 2 and "made with lr None, not 0.1" in capsys.readouterr().err
+
+
+def test_out_images_that_came_later_do_not_continue_a_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("utils.state.SAVE_EVERY", 0.0)
+    monkeypatch.setattr(run_training, "load_out", lambda *args, **options: load_out(*args, **options | {"n": 500}))
+    command = "run_training.py --dataset Digits --train_type CEDA --epochs 3"       # --out_dataset auto
+    with monkeypatch.context() as patch:
+        die_after(patch, 1)
+        with pytest.raises(Killed):
+            run_script(command)
+    Path("data").mkdir()
+    np.save("data/300K_random_images.npy", np.zeros((600, 32, 32, 3), np.uint8))
+    with pytest.raises(SystemExit) as stop:
+        run_script(command + " --resume 1")
+    assert stop.value.code == 2 and "made with out_dataset Photos, not RandomImages300k" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(tmp_path, monkeypatch, capsys):

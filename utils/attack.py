@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+import params
 from models.detectors import Detector
 from models.metric import PCAMetric
 from utils.state import State
@@ -206,8 +207,9 @@ def ascend(objective: Callable[[Tensor], Tensor], region: Region, point: Point, 
 
 
 @torch.no_grad()
-def attack(detector: Detector, metric: PCAMetric, seeds: Tensor, radii: Tensor, steps: int = 500, restarts: int = 50,
-           alpha: float = 3.0, generator: torch.Generator | None = None, batch: int = 500,
+def attack(detector: Detector, metric: PCAMetric, seeds: Tensor, radii: Tensor, steps: int = params.ATTACK_STEPS,
+           restarts: int = params.ATTACK_RESTARTS, alpha: float = params.ATTACK_ALPHA,
+           generator: torch.Generator | None = None, batch: int = 500,
            progress: Callable[[int], object] | None = None, state: State | None = None) -> AttackResult:
     """Maximise detector.attack_score(x) over { x in [0, 1]^D : d(x, seed) <= radius }, for every seed.
 

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 import model_paths
-import models
+from models import Detector
 from utils import files, tables
 from utils.errors import UserError
 
-ATTACK, SCORES = "CCU attack, version 1", "CCU scores, version 1"        # of gen_attack_stats.py, of gen_eval.py
+ATTACK, SCORES = "CCU attack, version 2", "CCU scores, version 2"        # of gen_attack_stats.py, of gen_eval.py
 KIND = {ATTACK: "attack on", SCORES: "scores for"}
 MEND = {ATTACK: "python gen_attack_stats.py --datasets {} --wide_format 1 --fit_out 1",
         SCORES: "python gen_eval.py --dataset {}"}
@@ -35,9 +35,12 @@ def load(dataset: str, format: str, file: str | Path | None = None) -> dict:
 
 def with_confidence(backup: dict) -> list[str]:
     """Labels of the models whose score is a log-confidence."""
-    def of(meta):       # a train type is also its model's name in models/, where it has one of its own
-        return getattr(getattr(models, str(meta.get("train_type")), None), "score_is_confidence", True)
-    return [label for label, meta in backup["meta"].items() if of(meta)]
+    return [label for label, meta in backup["meta"].items() if meta["score_is_confidence"]]
+
+
+def meta_of(models: dict[str, Detector]) -> dict[str, dict]:
+    """label -> how the model was made, for a backup."""
+    return {label: model.meta | {"score_is_confidence": model.score_is_confidence} for label, model in models.items()}
 
 
 def caption(backup: dict) -> str:

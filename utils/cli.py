@@ -21,6 +21,8 @@ class Parser(argparse.ArgumentParser):
         summary, _, details = doc.strip().partition("\n\n")
         super().__init__(description=summary, epilog=details, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.shared = self.add_argument_group("common")
+        self.shared.add_argument("--debug", type=flag, default=False, help="1 = show the traceback of an error (0)")
 
     def exit(self, status=0, message=None):
         """Of several processes only the first to fail says why."""
@@ -49,19 +51,25 @@ class Parser(argparse.ArgumentParser):
 
     def common(self, gpu: str = "GPU to use; -1 = CPU (default: GPU 0 where there is one)") -> "Parser":
         """Options of all scripts that compute."""
-        group = self.add_argument_group("common")
-        group.add_argument("--gpu", type=int, help=gpu)
-        group.add_argument("--seed", type=integer(0), default=0, help="of all random draws (0)")
-        group.add_argument("--data_dir", default="data", help="where the data sets are (data)")
-        group.add_argument("--download", type=flag, default=False, help="1 = fetch missing data sets that "
-                           "torchvision can fetch (0)")
-        group.add_argument("--debug", type=flag, default=False, help="1 = show the traceback of an error (0)")
+        self.shared.add_argument("--gpu", type=int, help=gpu)
+        self.shared.add_argument("--seed", type=integer(0), default=0, help="of all random draws (0)")
+        self.shared.add_argument("--download", type=flag, default=False, help="1 = fetch missing data sets that "
+                                 "torchvision can fetch (0)")
+        return self.data_dir()
+
+    def data_dir(self) -> "Parser":
+        self.shared.add_argument("--data_dir", default="data", help="where the data sets are (data)")
         return self
 
     def dataset(self) -> "Parser":
         self.add_argument("--dataset", required=True, choices=list(params.DATASETS), help="the in-distribution: "
                           + ", ".join(params.DATASETS) + " (your own images: --data_dir with train/<class>/ and "
                           "test/<class>/)", metavar="D")
+        return self.image_size()
+
+    def datasets(self) -> "Parser":
+        self.add_argument("--datasets", nargs="+", required=True, choices=list(params.DATASETS), metavar="D",
+                          help="in-distributions: " + ", ".join(params.DATASETS))
         return self.image_size()
 
     def image_size(self) -> "Parser":
@@ -111,11 +119,11 @@ def stem(text: str) -> str:
     return text.removesuffix(".csv").removesuffix(".txt")
 
 
-def assignment(text: str, option: str) -> tuple[str, str]:
-    """NAME=FOLDER -> (NAME, FOLDER)."""
+def assignment(text: str) -> tuple[str, str]:
+    """argparse type: NAME=FOLDER -> (NAME, FOLDER)."""
     key, _, folder = text.partition("=")
     if not key or not folder:
-        raise UserError(f"{option} {text}: write NAME=FOLDER")
+        raise argparse.ArgumentTypeError(f"{text!r}: write NAME=FOLDER")
     return key, folder
 
 

@@ -368,6 +368,8 @@ def _folder(split: str, root: Path, size: int) -> ImageSet:
     channels = 1 if all(map(is_grey, list_images(root / "train"))) else 3
     files = [(path, label) for label, c in enumerate(classes) if (root / split / c).is_dir()
              for path in list_images(root / split / c)]
+    if not files:
+        raise UserError(f"{root / split} has no class folders: put its images into {root / split}/<class>/")
     images, kept = read_images([path for path, _ in files], channels, size, what=str(root / split))
     labels = torch.tensor([label for _, label in files])[kept]
     if split == "train" and (empty := set(range(len(classes))) - set(labels.tolist())):

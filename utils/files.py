@@ -29,8 +29,7 @@ except ImportError:     # Windows: no locks
     fcntl = None
 
 MODEL, MIXTURES = "CCU model, version 1", "CCU mixtures, version 1"
-# bytes; the largest of ours, a ResNet18 with two mixtures at 32x32x3, has 90 MB
-LARGEST = 4 * 2 ** 30
+LARGEST = 4 * 2 ** 30   # bytes; the metric of a Folder at 64x64x3 alone has 0.6 GB
 LARGEST_SIZE = 1024     # pixels, height and width of a model's images
 ABANDONED = 10.0        # seconds after which a temporary file that nobody has locked is a killed run's
 _held: dict[Path, tuple[int, list[Path]]] = {}     # lock file -> its descriptor, folders made for it
@@ -276,7 +275,7 @@ def load_mixtures(path: str | Path, mend: str) -> tuple[models.GMM, models.GMM, 
         metric = models.PCAMetric(**saved["metric"])
         gmms = [models.GMM(**saved[which], metric=metric) for which in ("in", "out")]
         for gmm in gmms:
-            load_state(gmm, gmm.state_dict())       # finite, float32
+            load_state(gmm, gmm.state_dict())       # finite, positive singular values
             if any(value.dtype != torch.float32 for value in gmm.state_dict().values()):
                 raise ValueError("mixtures must be float32")
         return *gmms, dict(saved["meta"])

@@ -101,8 +101,8 @@ def _m_step(z: Tensor, old_means: Tensor, e_step: Callable, reg_covar: float) ->
     return means.to(z.dtype), variances.to(z.dtype), (counts / n).to(z.dtype), log_likelihood.item() / n
 
 
-def fit_gmm(z: Tensor, metric: PCAMetric, K: int, reg_covar: float, seed: int, progress: Callable,
-            state: State | None = None) -> tuple[GMM, Fit]:
+def fit_gmm(z: Tensor, metric: PCAMetric, K: int, reg_covar: float, seed: int,
+            progress: Callable = lambda iteration, log_likelihood: None, state: State | None = None) -> tuple[GMM, Fit]:
     """A mixture as CCU starts from it: weights 1/K, all variances the mean of the fitted ones.
 
     z [n, D] are the images in `metric`'s coordinates.  EM goes on from `state`, and saves to it: first the start,

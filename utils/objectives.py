@@ -115,10 +115,9 @@ class ACET(Objective):
     z are out-images (ACET) or, uniform=True, uniform noise (ACET2).
     """
 
-    def __init__(self, loglam: float = 0.0, steps: int = 40, uniform: bool = False):
+    def __init__(self, loglam: float, steps: int, uniform: bool):
         super().__init__(loglam)
         self.final, self.steps, self.uniform = (self.p_in, self.p_out), steps, uniform
-        self.needs_out = not uniform
 
     def start_epoch(self, epoch):
         warm = params.ACET_WARM_LAMBDA
@@ -261,4 +260,4 @@ def needs_out(train_type: str, fit_out: bool) -> bool:
     """Whether --train_type takes out-images: to train on, or (ODIN, Maha) to choose hyperparameters on."""
     if train_type == "ACET":
         return fit_out
-    return train_type in ("ODIN", "Maha") or OBJECTIVES[train_type].needs_out
+    return train_type in params.CALIBRATED or OBJECTIVES[train_type].needs_out

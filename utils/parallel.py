@@ -70,6 +70,13 @@ def barrier() -> None:
         dist.all_reduce(torch.zeros(1))
 
 
+def of_first(x: Tensor) -> Tensor:
+    """Rank 0's x, on the CPU, in every process: on another machine it may be rounded otherwise."""
+    if world_size() > 1:
+        dist.broadcast(x, 0)
+    return x
+
+
 def share(n: int, *tensors: Tensor | None) -> tuple[float, list[Tensor | None]]:
     """This process's part of a batch of n images, and its weight: tensors [n k, ...], k rows an image, or None.
 

@@ -3,6 +3,7 @@
 import json
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ def of(args, **more) -> dict:
     gpu = torch.cuda.get_device_name(args.gpu or 0) if on_gpu else None
     script = Path(sys.argv[0]).resolve()
     script = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
-    record = {"command": " ".join(["python", str(script), *sys.argv[1:]]), "options": vars(args),
+    record = {"command": shlex.join(["python", str(script), *sys.argv[1:]]), "options": vars(args),
               "commit": commit or None, "time": time.strftime("%Y-%m-%d %H:%M:%S"),
               "python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads(),
               "processor": processor(), "gpu": gpu, "processes": parallel.world_size(), **more}

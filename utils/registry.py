@@ -12,9 +12,9 @@ from utils.errors import UserError, check_name
 
 
 def load_models(dataset: str, labels: list[str] | None, device: torch.device) -> dict[str, Detector]:
-    """label -> model in evaluation mode, in the tables' order.
+    """label -> model in evaluation mode, in the order of `labels`; without them all that exist, in the tables' order.
 
-    Without `labels` all that exist.  A label asked for that does not exist is an error.
+    A label asked for that does not exist is an error.
     """
     found = model_paths.trained(dataset)
     if not found and not labels:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
+import params
 from utils import files
 
 
@@ -31,9 +32,14 @@ def write(table: pd.DataFrame, stem: str | Path, title: str, notes: list[str]) -
     """stem.csv: the bare table.  stem.txt: LaTeX, title and notes as comments."""
     comments = "".join(f"% {line}\n" for line in [title, *notes])
     latex = table.map(percent).to_latex(escape=True).replace("–", "--")
-    rounded = table.map(lambda value: None if value is None else round(value, 4))
-    return [files.write_text(f"{stem}.csv", rounded.to_csv()),
+    return [files.write_text(f"{stem}.csv", table.round(4).to_csv()),
             files.write_text(f"{stem}.txt", comments + latex)]
+
+
+def notes(stem: str | Path) -> list[str]:
+    """Title and notes that `write` left in stem.txt."""
+    lines = Path(f"{stem}.txt").read_text(encoding="utf-8").splitlines()
+    return [line.removeprefix("% ") for line in lines if line.startswith("% ")]
 
 
 def model_notes(models: dict) -> list[str]:
@@ -47,7 +53,7 @@ def how_made(made: dict) -> str:
     made = made.get("options", {}) | made
     kind, epochs = made.get("train_type"), made.get("epochs")
     parts = [epochs and f"{epochs} epoch{'s' * (epochs > 1)}",
-             made.get("amp") and kind not in ("ODIN", "Maha") and "bf16",
+             made.get("amp") and kind not in params.CALIBRATED and "bf16",
              made.get("out_dataset") and f"out-distribution {made['out_dataset']} {made.get('out_dir') or ''}".strip(),
              kind == "ACET" and made.get("steps") and f"{made['steps']} attack step{'s' * (made['steps'] > 1)}",
              kind == "DE" and made.get("members") and f"{made['members']} members",

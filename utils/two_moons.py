@@ -27,7 +27,7 @@ def train(train_type: str, x: Tensor, y: Tensor, epochs: int, seed: int = 0) -> 
         model = Softmax(mlp)
     else:
         metric = PCAMetric.euclidean(2)
-        gmm_in, _ = fit_gmm(x, metric, p.centroids, params.REG_COVAR, seed, lambda *_: None)
+        gmm_in, _ = fit_gmm(x, metric, p.centroids, params.REG_COVAR, seed)
         model = CCU(mlp, gmm_in, None, 0.0, 2)
     objective = objectives.OBJECTIVES[train_type]()
     settings = Settings("sgd", p.lr, p.lr_gmm, params.WEIGHT_DECAY, ("mu", "var"), epochs, p.batch_size, seed)
