@@ -53,7 +53,8 @@ digits = $(filter Digits,$(DATASET))
 EPOCHS ?= $(if $(digits),30)
 STEPS ?= $(if $(digits),100,500)
 RESTARTS ?= $(if $(digits),5,50)
-KNOWN := $(shell $(PYTHON) -c 'import model_paths; print(*model_paths.LABELS)')
+# a Python too old to read model_paths is named where it installs
+KNOWN := $(shell $(PYTHON) -c 'import model_paths; print(*model_paths.LABELS)' 2> /dev/null)
 LABELS ?= $(KNOWN)
 MODELS := checkpoints/$(DATASET)
 # what was trained elsewhere and imported has its checkpoint already

@@ -19,7 +19,6 @@ import model_paths
 import params
 from utils import cli, files, records, tables
 from utils.errors import UserError
-from utils.tables import benchmark_cells, by_making, percent
 
 SHORT = {"MNIST-100epochs": ("Base", "ODIN", "Maha", "CCU"),      # README.md's tables and, of their labels, these
          "MNIST": ("Base", "CEDA", "OE", "ACET", "CCUs", "CCU")}
@@ -41,11 +40,13 @@ def main(args):
 
 def short() -> str:
     """The headlines."""
-    parts = []
-    for name in (name for name in SHORT if name in names_there()):
-        with explained(f"{model_paths.table(2, name)}* and {model_paths.table(1, name)}*", "make tables"):
+    parts, there = [], names_there()
+    for name, labels in SHORT.items():
+        if name not in there:
+            continue
+        with explained_tables(name):
             figures = over_seeds(read_figures(name, read_runs(name)))
-            parts.append(markdown(figures[[label for label in SHORT[name] if label in figures]].map(show)))
+            parts.append(markdown(figures[[label for label in labels if label in figures]].map(show)))
     return "\n".join(parts)
 
 
@@ -53,7 +54,7 @@ def results() -> str:
     """All sections as Markdown."""
     text = ""
     for name in names_there():
-        with explained(f"{model_paths.table(2, name)}* and {model_paths.table(1, name)}*", "make tables"):
+        with explained_tables(name):
             text += section(name)
     for path in sorted(model_paths.RESULTS.glob("ablation_*.csv")):
         with explained(f"{path} and its .txt", "benchmarks/ablation.py"):
@@ -72,6 +73,10 @@ def explained(paths: str | Path, writer: str):
     except (KeyError, OSError, TypeError, ValueError) as error:
         raise UserError(f"{paths} are not what `{writer}` writes ({type(error).__name__} {error}): write them anew, or "
                         "remove them") from error
+
+
+def explained_tables(name: str):
+    return explained(f"{model_paths.table(2, name)}* and {model_paths.table(1, name)}*", "make tables")
 
 
 def names_there() -> list[str]:
@@ -137,12 +142,12 @@ def over_seeds(figures: pd.DataFrame) -> pd.DataFrame:
 
 def show(cell: tuple) -> str:
     mean, deviation = cell
-    return percent(mean) + ("" if pd.isna(deviation) else f" ± {percent(deviation)}")
+    return tables.percent(mean) + ("" if pd.isna(deviation) else f" ± {tables.percent(deviation)}")
 
 
 def beside(cell: tuple, theirs: float) -> str:
     difference = round(cell[0] - theirs, 2) + 0.0       # not -0.00
-    return f"{show(cell)} / {percent(theirs)}" + ("" if pd.isna(difference) else f" ({difference:+.2f})")
+    return f"{show(cell)} / {tables.percent(theirs)}" + ("" if pd.isna(difference) else f" ({difference:+.2f})")
 
 
 def read_authors(dataset: str) -> pd.DataFrame:
@@ -164,7 +169,7 @@ def published(row: str) -> str:
 
 def how(name: str, runs: dict) -> str:
     """How the models were made, how long it took, where; the attack's balls; the commands."""
-    lines = [f"{', '.join(labels)}: {way}." for way, labels in by_making(runs).items()]
+    lines = [f"{', '.join(labels)}: {way}." for way, labels in tables.by_making(runs).items()]
     timed = {label: run for label, run in runs.items() if "seconds" in run}
     machines = {f"{run.get('gpu') or run.get('processor') or 'CPU'}, {run['threads']} "
                 f"thread{'s' * (run['threads'] > 1)}" for run in timed.values()}
@@ -183,14 +188,14 @@ def ablation(path: Path) -> str:
     title, command, *said = tables.notes(path.with_suffix(""))
     return (f"### {title}\n\n" + "\n".join(f"{line}." for line in said)
             + f"\n\n    {command.removeprefix('command: ')}\n\n"
-            + markdown(pd.read_csv(path, index_col=0).map(percent)) + "\n")
+            + markdown(pd.read_csv(path, index_col=0).map(tables.percent)) + "\n")
 
 
 def speed(path: Path) -> str:
     """What benchmarks/run.py measured on one machine."""
     record = records.load(path)
     machine = record["machine"]
-    cells = {figure["name"]: benchmark_cells(figure) for figure in record["figures"]}
+    cells = {figure["name"]: tables.benchmark_cells(figure) for figure in record["figures"]}
     rows = {name: (f"{value} {unit}", *others) for name, (value, unit, *others) in cells.items()}
     table = pd.DataFrame(rows, ["measured", "baseline", "ratio", "target", "met"]).T
     return (f"### Speed, {machine['gpu'] or machine['processor']}, {machine['threads']} threads\n\n"

@@ -111,7 +111,7 @@ class Members(nn.ModuleList):
 
     def __init__(self, members: Sequence[nn.Module]):
         super().__init__(members)
-        self.spec = members[0].spec
+        self.spec = getattr(members[0], "spec", None)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.stack([member(x) for member in self])
