@@ -200,10 +200,13 @@ def steps(report: Report, device: torch.device, quick: bool) -> None:
                             device)["naive"]
         report.add(f"naive_ccu_step / ccu_step, {arch}", 1e3 * ours, "ms", 1e3 * naive, naive / ours,
                    least={"LeNet": 15, "ResNet18": 4}[arch])
-        memory = {kind: in_child(peak_of_step, kind, arch, device.index) for kind in ("ccu", "naive_ccu")}
+        memory = {kind: in_child(peak_of_step, kind, arch, device.index) for kind in KINDS}
         if None not in memory.values():
-            report.add(f"memory of a step, {arch}", memory["ccu"] / 2 ** 20, "MiB", memory["naive_ccu"] / 2 ** 20,
-                       memory["ccu"] / memory["naive_ccu"], most=0.25)
+            mib = {kind: bytes_ / 2 ** 20 for kind, bytes_ in memory.items()}
+            report.add(f"memory of ccu_step / naive_ccu_step, {arch}", mib["ccu"], "MiB", mib["naive_ccu"],
+                       mib["ccu"] / mib["naive_ccu"], most=0.25)
+            report.add(f"memory of ccu_step / ceda_step, {arch}", mib["ccu"], "MiB", mib["ceda"],
+                       mib["ccu"] / mib["ceda"])
 
 
 def compiled(report: Report, device: torch.device, quick: bool) -> None:
@@ -260,9 +263,14 @@ def status(key: str) -> int:
 
 
 def in_child(function, *args):
-    """function(*args) in a fresh process: nobody else's memory is counted."""
-    with multiprocessing.get_context("spawn").Pool(1, torch.set_num_threads, (torch.get_num_threads(),)) as pool:
+    """function(*args) in a fresh process, set up as a script is: nobody else's memory is counted."""
+    with multiprocessing.get_context("spawn").Pool(1, set_up, (torch.get_num_threads(),)) as pool:
         return pool.apply(function, args)
+
+
+def set_up(threads: int) -> None:
+    cli.set_up_processor()
+    torch.set_num_threads(threads)
 
 
 def loader(report: Report, device: torch.device, quick: bool) -> None:
