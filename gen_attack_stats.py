@@ -43,6 +43,7 @@ BALLS = {True: "CCU", False: "CCUs"}        # --fit_out: whose certificate gives
 
 def main(args):
     device = cli.device(args.gpu)
+    cli.keep_freed_memory()
     if sum(map(bool, (args.load_seeds, args.seeds, args.out_seeds))) > 1:
         raise UserError("give one of --seeds, --out_seeds and --load_seeds")
     if args.load_seeds and len(args.datasets) > 1:

@@ -26,6 +26,7 @@ from utils.registry import check_fit, load_models, name_untrained
 
 def main(args):
     device = cli.device(args.gpu)
+    cli.keep_freed_memory()
     rows = ["orig", *params.DATASETS[args.dataset].ood, *(name for name, _ in args.ood)]
     if twice := [name for name in rows if rows.count(name) > 1]:
         raise UserError(f"--ood: {twice[0]} is a row already; choose another name")

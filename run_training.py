@@ -58,6 +58,7 @@ def main(args):
     out = (load_out(out_name, data, args.data_dir, args.out_dir, seed=args.seed, download=args.download,
                     n=params.CALIBRATION_IMAGES if calibrated else None) if out_name else None)
     files.lock(path)
+    cli.keep_freed_memory()
     if path.exists() and parallel.rank() == 0:
         print(f"warning: {path} is there and will be replaced; --label NAME keeps both", file=sys.stderr)
 

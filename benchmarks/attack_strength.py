@@ -53,6 +53,7 @@ def plain(objective, region: Region, steps: int, eta: float) -> None:
 @torch.no_grad()
 def main(args):
     device = cli.device(args.gpu)
+    cli.keep_freed_memory()
     test = load_in_dist(args.dataset, "test", args.data_dir, args.download, args.image_size)
     models = load_models(args.dataset, args.models, device)
     ccu = load_models(args.dataset, ["CCU"], device)["CCU"]

@@ -4,13 +4,13 @@
     python benchmarks/run.py --gpu 0        # a GPU
     python benchmarks/run.py --quick 1      # few repeats, small sizes: does it run?
 
-What is compared runs in turn, in one process, and medians count; memory, and an epoch in two processes, are measured
-in processes of their own.  Prints a table and one JSON line a figure, and writes these to
+What is compared runs in turn, in one process, and medians count; the naive step, memory, and an epoch in two processes
+are measured in processes of their own.  Prints a table and one JSON line a figure, and writes these to
 results/benchmark_<machine>.json.  Where the target is an upper limit, a ratio is ours / baseline, where it is a
 lower one, how many times better ours is.  The baselines are written for this file,
 simply: naive = rotate every difference of an image and a centroid, as the published code does; scikit-learn's fit;
 scipy's brentq, point by point; a DataLoader with PIL transforms.  Nothing else should run beside it.  About 15 minutes
-on two cores, of which the naive steps take half.
+on two cores.
 """
 
 import json
@@ -183,7 +183,7 @@ def make_step(kind: str, arch: str, amp: bool, device: torch.device, compiled: s
 # --- the figures -----------------------------------------------------------------------------------------------------
 
 def steps(report: Report, device: torch.device, quick: bool) -> None:
-    """ccu_step / ceda_step, and naive_ccu_step / ccu_step with their memory."""
+    """ccu_step / ceda_step, and naive_ccu_step / ccu_step with the memory of all three."""
     for arch in NETWORKS:
         for amp in (False, True) if cli.has_bf16(device) else (False,):
             kinds = {kind: make_step(kind, arch, amp, device) for kind in ("ceda", "ccu")}
@@ -192,21 +192,16 @@ def steps(report: Report, device: torch.device, quick: bool) -> None:
             most = 1.10 if device.type == "cuda" else 1.05 if arch == "ResNet18" else 1.35 if amp else 1.10
             report.add(f"ccu_step / ceda_step, {arch}{', bf16' * amp}", 1e3 * took["ccu"], "ms", 1e3 * took["ceda"],
                        took["ccu"] / took["ceda"], most)
-            if not amp:
-                ours = took["ccu"]
         if quick and arch == "ResNet18" and device.type == "cpu":
             continue
-        naive = interleaved({"naive": make_step("naive_ccu", arch, False, device)}, 1 if device.type == "cpu" else 5,
-                            device)["naive"]
-        report.add(f"naive_ccu_step / ccu_step, {arch}", 1e3 * ours, "ms", 1e3 * naive, naive / ours,
+        costs = {kind: in_child(cost_of_step, kind, arch, device.index, 1 if quick else 3) for kind in KINDS}
+        ms, mib = ({kind: cost[i] for kind, cost in costs.items()} for i in range(2))
+        report.add(f"naive_ccu_step / ccu_step, {arch}", ms["ccu"], "ms", ms["naive_ccu"], ms["naive_ccu"] / ms["ccu"],
                    least={"LeNet": 15, "ResNet18": 4}[arch])
-        memory = {kind: in_child(peak_of_step, kind, arch, device.index) for kind in KINDS}
-        if None not in memory.values():
-            mib = {kind: bytes_ / 2 ** 20 for kind, bytes_ in memory.items()}
-            report.add(f"memory of ccu_step / naive_ccu_step, {arch}", mib["ccu"], "MiB", mib["naive_ccu"],
-                       mib["ccu"] / mib["naive_ccu"], most=0.25)
-            report.add(f"memory of ccu_step / ceda_step, {arch}", mib["ccu"], "MiB", mib["ceda"],
-                       mib["ccu"] / mib["ceda"])
+        if None not in mib.values():
+            for kind, most in {"naive_ccu": 0.25, "ceda": None}.items():
+                report.add(f"memory of ccu_step / {kind}_step, {arch}", mib["ccu"], "MiB", mib[kind],
+                           mib["ccu"] / mib[kind], most)
 
 
 def compiled(report: Report, device: torch.device, quick: bool) -> None:
@@ -225,9 +220,15 @@ def compiled(report: Report, device: torch.device, quick: bool) -> None:
                        1e3 * took["plain"], took["compiled"] / took["plain"])
 
 
-def peak_of_step(kind: str, arch: str, gpu: int | None) -> int | None:
-    """Bytes that a second step needs on top of model, optimiser and images; None where that can't be told."""
+def cost_of_step(kind: str, arch: str, gpu: int | None, repeats: int) -> tuple[float, float | None]:
+    """Milliseconds of a step, and MiB that it needs on top of model, optimiser and images (None: can't be told).
+
+    For a process of its own.  The naive step's is one as Python starts it, ours keeps freed memory as run_training.py
+    does.
+    """
     device = torch.device("cpu") if gpu is None else torch.device("cuda", gpu)
+    if kind != "naive_ccu":
+        cli.keep_freed_memory()
     step = make_step(kind, arch, False, device)
     step()
     if device.type == "cuda":
@@ -236,11 +237,13 @@ def peak_of_step(kind: str, arch: str, gpu: int | None) -> int | None:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()
-        return torch.cuda.max_memory_allocated() - before
-    if not (before := reset_peak()):
-        return None
-    step()
-    return peak() - before
+        needed = torch.cuda.max_memory_allocated() - before
+    elif before := reset_peak():
+        step()
+        needed = peak() - before
+    else:
+        needed = None
+    return 1e3 * interleaved({"step": step}, repeats, device)["step"], needed and needed / 2 ** 20
 
 
 def reset_peak() -> int | None:
@@ -263,13 +266,13 @@ def status(key: str) -> int:
 
 
 def in_child(function, *args):
-    """function(*args) in a fresh process, set up as a script is: nobody else's memory is counted."""
+    """function(*args) in a fresh process: nobody else's memory is counted."""
     with multiprocessing.get_context("spawn").Pool(1, set_up, (torch.get_num_threads(),)) as pool:
         return pool.apply(function, args)
 
 
 def set_up(threads: int) -> None:
-    cli.set_up_processor()
+    torch.set_flush_denormal(True)
     torch.set_num_threads(threads)
 
 
@@ -519,7 +522,7 @@ def processes(report: Report, device: torch.device, quick: bool) -> None:
     report.add("epoch of CCU on Digits, two processes", seconds[1], "s", seconds[0], seconds[0] / seconds[1], on=on)
 
 
-SECTIONS = ("steps", "compiled", "loader", "attacks", "certificates", "gmm_fits", "evaluation", "epochs", "processes")
+SECTIONS = ("gmm_fits", "steps", "compiled", "loader", "attacks", "certificates", "evaluation", "epochs", "processes")
 
 
 def main(args):
@@ -530,6 +533,8 @@ def main(args):
     report = Report(machine)
     for section in args.only or SECTIONS:
         more = (args.data_dir,) if section == "gmm_fits" else ()
+        if section != "gmm_fits":       # as all scripts but gen_gmm.py do
+            cli.keep_freed_memory()
         globals()[section](report, device, args.quick, *more)
     print(f"\n{report.table()}\n")
     if not args.quick and not args.only:
