@@ -171,11 +171,11 @@ def load_seeds(path: str, dataset: str, shape: tuple[int, ...]) -> torch.Tensor:
 def attack_batch(label, model, metric, b, x, r, path, args, device) -> None:
     """Worst samples and their scores of batch b, seeds x and radii r; kept in `path`, for --resume 1 too."""
     generator = torch.Generator().manual_seed(args.seed * 1000 + b)
-    state = State(path.with_suffix(".state"), {}, resume=True)
+    state = State(path.with_suffix(".state"), {"points": args.points}, resume=True)
     with tqdm(desc=f"{label}, batch {b + 1}", total=args.steps, leave=False, disable=None) as bar:
         found = attack(model, metric, x.to(device), r.to(device), args.steps, args.restarts, args.alpha, generator,
-                       progress=bar.update, state=state)
-    with torch.no_grad():
+                       args.points, bar.update, state)
+    with torch.no_grad(), evaluation.full_precision():
         unit = {"samples": found.samples.cpu(), "score": model.score(found.samples).cpu(),
                 "prediction": model(found.samples).argmax(1).cpu(), "seed_score": model.score(x.to(device)).cpu()}
     files.save(unit, path)
@@ -258,6 +258,8 @@ def parser() -> cli.Parser:
                    "thousandfold from data set to data set")
     p.add_argument("--batches", type=cli.integer(1), default=2, help="batches of seeds (2)")
     p.add_argument("--batch_size", type=cli.integer(1), default=100, help="seeds in a batch (100)")
+    p.add_argument("--points", type=cli.integer(1), default=params.ATTACK_POINTS, help="points attacked at once, on "
+                   f"the device: a matter of memory and speed ({params.ATTACK_POINTS})")
     p.add_argument("--out_seeds", type=cli.flag, default=False, help="1 = seeds are test draws of the "
                    "out-distribution instead of uniform noise (0)")
     p.add_argument("--load_seeds", metavar="FILE", help="seeds of an earlier run, a file of results/backup")

@@ -95,6 +95,7 @@ LR_GMM = 1e-5            #                                                      
 RATIO = 1.1              # radii are certified for a confidence of at most this / classes       [code]
 
 ATTACK_STEPS, ATTACK_RESTARTS, ATTACK_ALPHA = 500, 50, 3.0  # of Table 1; alpha: utils/attack.py [code]
+ATTACK_POINTS = 500             # attacked at once
 
 ACET_EPS = 0.3           # l_inf radius                                                     [Hein et al. 2019]
 ACET_STEPS = 40          # gradient steps                                                       [code]

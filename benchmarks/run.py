@@ -213,8 +213,8 @@ def compiled(report: Report, device: torch.device, quick: bool) -> None:
                 took = interleaved({"plain": make_step("ccu", arch, amp, device),
                                     "compiled": make_step("ccu", arch, amp, device, mode)},
                                    repeats(arch, device, quick), device)
-            except torch._dynamo.exc.BackendCompilerFailed as error:        # no C++ compiler, say
-                print(f"compiled, {mode}: {str(error).splitlines()[0]}", file=sys.stderr)
+            except Exception as error:          # no C++ compiler, say; the other figures are wanted all the same
+                print(f"compiled, {mode}: {error!r}"[:200], file=sys.stderr)
                 continue
             report.add(f"compiled ccu_step / ccu_step, {arch}, {mode}{', bf16' * amp}", 1e3 * took["compiled"], "ms",
                        1e3 * took["plain"], took["compiled"] / took["plain"])
@@ -226,7 +226,7 @@ def cost_of_step(kind: str, arch: str, gpu: int | None, repeats: int) -> tuple[f
     For a process of its own.  The naive step's is one as Python starts it, ours keeps freed memory as run_training.py
     does.
     """
-    device = torch.device("cpu") if gpu is None else torch.device("cuda", gpu)
+    device = cli.device(-1 if gpu is None else gpu)
     if kind != "naive_ccu":
         cli.keep_freed_memory()
     step = make_step(kind, arch, False, device)
@@ -348,10 +348,9 @@ def attacks(report: Report, device: torch.device, quick: bool) -> None:
             if arch == "LeNet":
                 seeds, restarts, many = 200, 50, 500
                 if device.type == "cuda" and not quick:
-                    z = torch.rand(seeds, channels, size, size, device=device)
-                    radii = torch.full((seeds,), 5.0, dtype=torch.float64, device=device)
-                    whole = partial(attack, model, metric, z, radii, many, restarts)
-                    job = interleaved({"job": whole}, 1, device)["job"]
+                    z, radii = x[:100], region.radii[:100]          # one of two batches
+                    batch = partial(attack, model, metric, z, radii, many, restarts)
+                    job = 2 * interleaved({"batch": batch}, 1, device)["batch"]
                 else:
                     job = step * many * seeds * restarts / n
                 report.add(f"Table 1, {arch}, {label}: {seeds} seeds x {restarts} restarts x {many} steps", job / 3600,
@@ -530,17 +529,18 @@ def main(args):
     machine = describe(device)
     path = args.output or Path(__file__).parent.parent / "results" / f"benchmark_{slug(machine)}.json"
     files.check_writable(path)
-    report = Report(machine)
+    report, record = Report(machine), records.of(args)
+    record = {key: record[key] for key in ("command", "options", "commit", "time")}
     for section in args.only or SECTIONS:
         more = (args.data_dir,) if section == "gmm_fits" else ()
         if section != "gmm_fits":       # as all scripts but gen_gmm.py do
             cli.keep_freed_memory()
         globals()[section](report, device, args.quick, *more)
+        if not args.quick and not args.only:        # what a later section breaks off with leaves these
+            files.write_json(path, record | {"machine": machine, "figures": report.figures})
     print(f"\n{report.table()}\n")
     if not args.quick and not args.only:
-        record = records.of(args)
-        record = {key: record[key] for key in ("command", "options", "commit", "time")}
-        print(f"wrote {files.write_json(path, record | {'machine': machine, 'figures': report.figures})}")
+        print(f"wrote {path}")
 
 
 def describe(device: torch.device) -> dict:

@@ -44,7 +44,7 @@ from models.gmm import squared_distances
 
 METHODS = ("paper", "tight")
 RADII = (0, 0.25, 0.5, 0.75, 1, 1.5)        # for which mixed_weights are made, in distances to the nearest mu_k
-BLOCK = 2 ** 19                             # numbers in a tensor
+BLOCK = {"cpu": 2 ** 19, "cuda": 2 ** 24}   # numbers in a tensor: they fit a CPU's cache, keep a GPU busy
 RELATIVE = 1e-9                             # of certified_radius
 EPS = torch.finfo(torch.float64).eps        # 2 u
 
@@ -273,7 +273,7 @@ def blocks(ccu: CCU, x: Tensor, method: str, margin: float = 1.0) -> Iterator[tu
     mixtures = Mixtures(ccu)
     K, L = len(mixtures.mu), 0 if mixtures.single else len(mixtures.nu)
     pairs = K * max(L, 2 * len(RADII)) if method == "tight" and L else 0
-    size = max(1, BLOCK // max(D, K, L, pairs))
+    size = max(1, BLOCK.get(mixtures.mu.device.type, BLOCK["cpu"]) // max(D, K, L, pairs))
     for block in (slice(i, i + size) for i in range(0, len(x), size)):
         yield block, Balls(mixtures, x[block].flatten(1).to(mixtures.mu), method, margin)
 

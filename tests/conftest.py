@@ -16,13 +16,16 @@ COMMANDS = [
 
 
 def run_script(command: str):
-    """Run `script.py --options` in this process, as the shell would."""
+    """Run `script.py --options` in this process, as the shell would; on the CPU, also where there is a GPU."""
     name, *options = command.split()
     script = importlib.import_module(name.removesuffix(".py"))
+    parser = script.parser()
+    if "--gpu" in parser._option_string_actions and "--gpu" not in options:
+        options += ["--gpu", "-1"]
     saved, sys.argv = sys.argv, [name, *options]
     try:
         from utils import cli
-        return cli.run(script.main, script.parser())
+        return cli.run(script.main, parser)
     finally:
         sys.argv = saved
 

@@ -483,7 +483,7 @@ def test_points_of_any_shape_type_and_batch():
 def test_blocks_do_not_change_the_result(monkeypatch):
     ccu, x = make_ccu(5, D=16), torch.rand(30, 16)
     whole = confidence_bound(ccu, x, torch.linspace(0, 1, 30))
-    monkeypatch.setattr("models.certificate.BLOCK", 100)
+    monkeypatch.setattr("models.certificate.BLOCK", {"cpu": 100})
     assert torch.allclose(confidence_bound(ccu, x, torch.linspace(0, 1, 30)), whole, rtol=0, atol=1e-12)
 
 

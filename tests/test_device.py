@@ -11,7 +11,10 @@ import torch
 from conftest import run_script
 from torch.utils import backend_registration
 
-from utils import load_model, out_data
+from models import Softmax, build_classifier
+from utils import load_model, out_data, save_model
+from utils.data import ImageSet
+from utils.evaluation import evaluate
 
 if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
     pytest.skip("this PyTorch knows no backends in Python", allow_module_level=True)
@@ -70,3 +73,24 @@ def test_tables_attack_and_calibration_keep_to_the_device(pretended):
         *(f"gen_attack_stats.py --datasets Digits --fit_out 1 --batches 1 --batch_size 4 --restarts 2 --certify 1 "
           f"--models Base CCU Maha --steps {steps}" for steps in (3, 9)))
     assert waits[-2] == waits[-1]           # not once a step
+
+
+def test_scores_are_of_full_precision_on_a_gpu():
+    seen = []
+
+    class Watched(Softmax):
+        def forward(self, x):
+            seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic))
+            return super().forward(x)
+    images = ImageSet("images", torch.zeros(4, 1, 28, 28, dtype=torch.uint8), None, 0)
+    evaluate(Watched(build_classifier("LeNet", 1, 28, 10)), images, 2)
+    assert seen == [(False, True)] * 2
+    assert torch.backends.cudnn.allow_tf32 and not torch.backends.cudnn.deterministic       # training's
+
+
+def test_a_model_from_a_gpu_holds_the_metric_once(digits_run, tmp_path, monkeypatch):
+    path = digits_run / "checkpoints/Digits/CCU.pt"
+    ccu = load_model(path)
+    monkeypatch.setattr(torch.Tensor, "cpu", torch.Tensor.clone)        # as from a GPU: a copy
+    copied = save_model(ccu, tmp_path / "copied.pt")
+    assert copied.stat().st_size < path.stat().st_size + 10_000

@@ -209,7 +209,7 @@ def ascend(objective: Callable[[Tensor], Tensor], region: Region, point: Point, 
 @torch.no_grad()
 def attack(detector: Detector, metric: PCAMetric, seeds: Tensor, radii: Tensor, steps: int = params.ATTACK_STEPS,
            restarts: int = params.ATTACK_RESTARTS, alpha: float = params.ATTACK_ALPHA,
-           generator: torch.Generator | None = None, batch: int = 500,
+           generator: torch.Generator | None = None, batch: int = params.ATTACK_POINTS,
            progress: Callable[[int], object] | None = None, state: State | None = None) -> AttackResult:
     """Maximise detector.attack_score(x) over { x in [0, 1]^D : d(x, seed) <= radius }, for every seed.
 

@@ -176,9 +176,10 @@ def device(gpu: int | None) -> torch.device:
     if not 0 <= gpu < count:
         raise UserError(f"--gpu {gpu}: this machine shows {count or 'no'} GPU{'s' * (count != 1)} to PyTorch; "
                         f"{'leave --gpu out' if count < 2 else f'choose 0 to {count - 1}'}, or give -1 for the CPU")
-    if several:
-        torch.cuda.set_device(gpu)
+    torch.cuda.set_device(gpu)
     torch.backends.cudnn.benchmark = True       # shapes hardly vary: its fastest convolutions are worth finding
+    # the densities' products in float32, also where a container's environment allows TF32
+    torch.set_float32_matmul_precision("highest")
     return torch.device("cuda", gpu)
 
 
@@ -226,8 +227,8 @@ def run(main, parser: Parser, several: bool = False) -> None:
     except Exception as error:
         full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
         if full and not args.debug:
-            parser.exit(2, f"{parser.prog}: out of memory: choose a smaller --batch_size, or fewer images or "
-                        "centroids\n")
+            parser.exit(2, f"{parser.prog}: out of memory: choose a smaller --batch_size (of an attack: --points), or "
+                        "fewer images or centroids\n")
         # files.write reports a full disk itself; TensorBoard's logs are left
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and not args.debug:
             parser.exit(2, f"{parser.prog}: {error}\n")

@@ -11,7 +11,14 @@ from utils.data import ImageSet, batches
 from utils.errors import UserError
 
 
+def full_precision():
+    """On a GPU convolutions are float32's instead of TF32's, by the same algorithm each time: the scripts' scores of
+    one model agree."""
+    return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+
+
 @torch.no_grad()
+@full_precision()
 def evaluate(model: Detector, data: ImageSet, batch_size: int) -> tuple[Tensor, Tensor]:
     """Log-confidences [N, M] and scores [N] of the images in order; higher scores = more in-distribution."""
     model.eval()

@@ -192,7 +192,10 @@ def save_model(model: models.Detector, path: str | Path, meta: dict | None = Non
         raise UserError(f"can't write {path}: the classifier has no spec to rebuild it from; use one of "
                         "models/classifiers.py")
     meta = model.meta if meta is None else meta
-    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    # what two mixtures share, their metric, is written once, also from a GPU
+    values = model.state_dict(keep_vars=True)
+    copies = {id(value): value.detach().cpu().contiguous() for value in values.values()}
+    state = {key: copies[id(value)] for key, value in values.items()}
     return save({"format": MODEL, "spec": model.spec, "state": state, "meta": meta}, path)
 
 

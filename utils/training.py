@@ -61,9 +61,9 @@ def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet |
     """Train `model` in place and return one dict of scalars an epoch.
 
     Weights, optimiser, generators and position are saved to `state` at intervals; a run that goes on from there ends
-    in the same weights as one that was not interrupted.  Within an epoch the batches up to the position are drawn
-    again, from the generators' states at its start.  `name` stands before each epoch's line.  verbose logs the scalars
-    of every step to TensorBoard, which waits for the device each time.
+    in the same weights as one that was not interrupted (on a GPU up to rounding).  Within an epoch the batches up to
+    the position are drawn again, from the generators' states at its start.  `name` stands before each epoch's line.
+    verbose logs the scalars of every step to TensorBoard, which waits for the device each time.
 
     Several processes (utils/parallel.py) draw the same batches, take their parts of each and make the same steps as
     one, up to rounding; rank 0 alone logs and saves.  Dropout (MCD, GAN's VGG13) is the exception: each process draws
@@ -143,6 +143,11 @@ def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet |
     return history
 
 
+def _name(device: torch.device) -> str:
+    """What draws the same random numbers from a seed: the CPU, or one kind of GPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def _finite(model, totals) -> bool:
     """The weights too: the last loss was taken before the last step."""
     return bool(totals["loss"].isfinite()) and all(v.isfinite().all() for v in model.state_dict().values())
@@ -152,7 +157,7 @@ def _save(state, model, objective, optimizer, generators, at_start, **position):
     """at_start: the states of those generators whose draws a resumed epoch repeats."""
     device = generators["in"].device
     state.save(model=model.state_dict(), objective=objective.state_dict(), optimizer=optimizer.state_dict(),
-               device=device.type,
+               device=_name(device),
                generators={name: g.get_state() for name, g in generators.items()} | at_start,
                # dropout draws from the device's own generator
                global_rng=torch.get_rng_state(),
@@ -160,9 +165,9 @@ def _save(state, model, objective, optimizer, generators, at_start, **position):
 
 
 def _restore(state, path, model, objective, optimizer, generators) -> None:
-    if state["device"] != (here := generators["in"].device.type):
-        raise UserError(f"{path} was made on a {state['device']} device, this is {here}, which draws other random "
-                        "numbers: use the same --gpu, or start without --resume")
+    if state["device"] != (here := _name(generators["in"].device)):
+        raise UserError(f"{path} was made on {state['device']}, this is {here}, which draws other random numbers: use "
+                        "the same --gpu, or start without --resume")
     model.load_state_dict(state["model"])
     objective.load_state_dict(state["objective"])
     optimizer.load_state_dict(state["optimizer"])
