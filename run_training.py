@@ -49,6 +49,9 @@ def main(args):
     base_label = model_paths.sibling(label, "Base")
     base = load_models(args.dataset, [base_label], device)[base_label] if args.warmstart or calibrated else None
     mixtures = load_mixtures(args, out_name) if args.use_gmm else None
+    if args.resume and not base and is_there(path, args, out_name, mixtures):
+        print(f"{path} is there")
+        return
     data, test = (load_in_dist(args.dataset, split, args.data_dir, args.download, args.image_size).to(device)
                   for split in ("train", "test"))
     check_fit({base_label: base} if base else {}, test)
@@ -127,9 +130,7 @@ def train_network(args, seed, name, state_path, data, out, base, mixtures) -> tu
                         first(args.decay, method.weight_decay, params.WEIGHT_DECAY), tuple(args.grad_vars),
                         args.epochs, args.batch_size, seed)
     augmentation = Augmentation.of(defaults) if args.augm_flag else None
-    options = {key: value for key, value in vars(args).items()
-               if key not in ("gpu", "resume", "debug", "verbose", "download")}
-    options["out_dataset"] = out and out.name       # auto may mean another one by now
+    options = decisive(args, out and out.name)
     if mixtures:
         options["gmm_path"] = f"of {files.digest(*mixtures[:2])}"       # the file may have been written anew
     logs = model_paths.log_dir(args.dataset, name)
@@ -138,6 +139,23 @@ def train_network(args, seed, name, state_path, data, out, base, mixtures) -> tu
                     name, args.verbose)
     model.amp = False
     return model, history
+
+
+def decisive(args, out_name) -> dict:
+    """The options that decide a result; auto may mean another out-distribution by now."""
+    return {key: value for key, value in vars(args).items()
+            if key not in ("gpu", "resume", "debug", "verbose", "download")} | {"out_dataset": out_name}
+
+
+def is_there(path, args, out_name, mixtures) -> bool:
+    """Whether the model is finished: trained with the same options, from the same mixtures."""
+    record = records.load(model_paths.run_record(path))
+    if not path.exists() or model_paths.training_state(path).exists() or not record:
+        return False
+    made = record["options"] | {"out_dataset": record["out_dataset"]}
+    return (record["test_error"] == files.load_model(path).meta.get("test_error")       # of this model
+            and record["mixtures"] == (mixtures and mixtures[2])
+            and all(made.get(key) == value for key, value in decisive(args, out_name).items()))
 
 
 def first(*values):
@@ -235,8 +253,8 @@ def parser() -> cli.Parser:
     p.add_argument("--amp", type=cli.flag, default=False, help="1 = classifier in bf16 (0)")
     p.add_argument("--verbose", type=cli.flag, default=False, help="1 = TensorBoard scalars of every step, not only "
                    "of every epoch (0)")
-    p.add_argument("--resume", type=cli.flag, default=False, help="1 = go on with an interrupted run; "
-                   "a finished one begins anew (0)")
+    p.add_argument("--resume", type=cli.flag, default=False, help="1 = go on with an interrupted run, "
+                   "and keep a finished one (0)")
     return p
 
 

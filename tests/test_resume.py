@@ -9,6 +9,8 @@ from conftest import run_script
 
 import gen_attack_stats
 import gen_gmm
+import model_paths
+import run_training
 from utils import files, load_model, save_model, tables
 from utils.attack import AttackResult
 from utils.backups import ATTACK
@@ -80,6 +82,29 @@ def test_mixtures_of_other_options_are_fitted_again(tmp_path, monkeypatch):
         assert fitted(changes) == 2 and fitted(changes) == 0, changes
     gmms = files.load_mixtures(next(Path("checkpoints/Digits/gmm").glob("*.pt")), "")[:2]
     assert all((gmm.logvar.exp() >= 0.5).all() for gmm in gmms)
+
+
+def test_a_finished_model_is_trained_again_for_other_options_alone(work, monkeypatch, capsys):
+    monkeypatch.setattr(run_training, "load_out", lambda *args, **options: load_out(*args, **options | {"n": 500}))
+    command = "run_training.py --dataset Digits --train_type CEDA_GMM --use_gmm 1 --fit_out 1 --n 10 --epochs 1 "
+    path = Path("checkpoints/Digits/CCU.pt")
+
+    def trained(changes=""):
+        before = path.stat().st_mtime_ns
+        run_script(command + changes)
+        return path.stat().st_mtime_ns != before
+    assert trained() and trained() and not trained("--resume 1") and f"{path} is there" in capsys.readouterr().out
+    assert not trained("--resume 1 --verbose 1 --out_dataset Photos")       # auto means Photos
+    for changes in ("--lr 1e-4", "--seed 1", "--grad_vars mu", "--amp 1"):
+        assert trained(f"--resume 1 {changes}") and not trained(f"--resume 1 {changes}"), changes
+    assert trained("--resume 1")
+    gmm_in, gmm_out, meta = files.load_mixtures(next(Path("checkpoints/Digits/gmm").glob("*.pt")), "")
+    files.save_mixtures(gmm_in, gmm_out, next(Path("checkpoints/Digits/gmm").glob("*.pt")), meta | {"seed": 5})
+    assert trained("--resume 1")                                # fitted again meanwhile
+    save_model(load_model(path), path, load_model(path).meta | {"test_error": 99.0})
+    assert trained("--resume 1")                                # another model in its place
+    model_paths.run_record(path).write_text("[]")
+    assert trained("--resume 1")
 
 
 def test_the_record_of_a_model_that_was_replaced_is_left_out(work):
