@@ -152,7 +152,7 @@ def prepare(dataset: str, args, device):
     if args.radius is not None:
         radii = torch.full((len(seeds),), args.radius, dtype=torch.float64)
     else:
-        radii = parallel.of_first(certified_radius(ccu, seeds.to(device), params.RATIO, args.certificate).cpu())
+        radii = parallel.broadcast(certified_radius(ccu, seeds.to(device), params.RATIO, args.certificate).cpu())
     return models, metric, test, seeds, radii
 
 
@@ -174,7 +174,7 @@ def attack_batch(label, model, metric, b, x, r, path, args, device) -> None:
     state = State(path.with_suffix(".state"), {"points": args.points}, resume=True)
     with tqdm(desc=f"{label}, batch {b + 1}", total=args.steps, leave=False, disable=None) as bar:
         found = attack(model, metric, x.to(device), r.to(device), args.steps, args.restarts, args.alpha, generator,
-                       args.points, bar.update, state)
+                       batch=args.points, progress=bar.update, state=state)
     with torch.no_grad(), evaluation.full_precision():
         unit = {"samples": found.samples.cpu(), "score": model.score(found.samples).cpu(),
                 "prediction": model(found.samples).argmax(1).cpu(), "seed_score": model.score(x.to(device)).cpu()}
@@ -248,7 +248,7 @@ def parser() -> cli.Parser:
     p.add_argument("--models", nargs="+", metavar="LABEL", help="labels (all that are trained)")
     p.add_argument("--fit_out", type=cli.flag, default=False, help="radii from CCU (1) or from CCUs (0)")
     p.add_argument("--certificate", choices=METHODS, default="paper", help="which bound gives the radii; "
-                   "paper is what the published figures used (paper)")
+                   "paper is the one that the published code computes (paper)")
     p.add_argument("--steps", type=cli.integer(1), default=params.ATTACK_STEPS,
                    help=f"gradient steps ({params.ATTACK_STEPS})")
     p.add_argument("--restarts", type=cli.integer(1), default=params.ATTACK_RESTARTS,

@@ -81,12 +81,15 @@ OUT_DATASETS = ("TinyImages", "RandomImages300k", "Photos")
 
 CENTROIDS = 100          # K of each mixture                                                    [code]
 OUT_FIT_IMAGES = 25_000  # images the out-mixture is fitted on                                  [code]
+KMEANS_IMAGES = 20_000   # k-means, only a start, sees at most this many                         [ours]
+EM_TOL, EM_STEPS = 1e-2, 100    # EM ends when the mean log-likelihood changes by less, or after so many    [ours]
 REG_COVAR = 1e-3         # added to the fitted variances                       [code's library, see README]
 MIN_SV_FACTOR = 1e6      # singular values are floored at the largest / this                    [code]
 VAR_RATIO = 4.0          # out-variances are kept above this times the largest in-variance      [code]
 
 EPOCHS = 100             #                                                                      [code]
 BATCH_SIZE = 128         # in-images a step; out-images likewise                                [code]
+MOMENTUM = 0.9           # of SGD                                                               [code]
 MILESTONES = (0.5, 0.75, 0.9)   # of the epochs, learning rates x 0.1 after each                [code]
 WEIGHT_DECAY = 5e-4      #                                                                      [code]
 LR = {"adam": 1e-3, "sgd": 0.1, "nesterov": 0.1}  # [code; nesterov is OE's: Hendrycks et al. 2019]
@@ -94,8 +97,9 @@ LR_GMM = 1e-5            #                                                      
 
 RATIO = 1.1              # radii are certified for a confidence of at most this / classes       [code]
 
-ATTACK_STEPS, ATTACK_RESTARTS, ATTACK_ALPHA = 500, 50, 3.0  # of Table 1; alpha: utils/attack.py [code]
-ATTACK_POINTS = 500             # attacked at once
+ATTACK_STEPS, ATTACK_RESTARTS = 500, 50     # of Table 1                                        [code]
+ATTACK_ALPHA = 3.0       # first step in tenths of the radius                   [ours; code: in the metric's units]
+ATTACK_POINTS = 500      # attacked at once                                                     [ours]
 
 ACET_EPS = 0.3           # l_inf radius                                                     [Hein et al. 2019]
 ACET_STEPS = 40          # gradient steps                                                       [code]
@@ -110,6 +114,8 @@ METHODS = {
     "GAN": Method(arch="arch_gan", optimizer="adam", lr=2e-4),                  # [Lee et al. 2018, confident]
     "ODIN": Method(), "Maha": Method(),
 }
+OE_WEIGHT = 0.5          # of the cross-entropy to uniform                      [Hendrycks et al. 2019]
+OE_OUT_RATIO = 2         # out-images to an in-image                            [Hendrycks et al. 2019]
 CALIBRATED = ("ODIN", "Maha")   # on Base, not trained
 MCD_PASSES = 10          # passes with dropout at test time                                     [ours]
 MEMBERS = 5              # networks of DE                           [Lakshminarayanan et al. 2017, section 3]

@@ -66,10 +66,9 @@ def main(args):
         print(f"warning: {path} is there and will be replaced; --label NAME keeps both", file=sys.stderr)
 
     start = time.monotonic()
-    epochs, states = args.epochs, []
+    states = []
     if calibrated:
         model, history = calibrate(args.train_type, base, data, out, args.seed, args.batch_size)
-        epochs = base.meta.get("epochs")
     elif args.train_type == "DE":
         states = [model_paths.training_state(path, i) for i in range(args.members)]
         if not args.resume and parallel.rank() == 0:
@@ -91,7 +90,7 @@ def main(args):
     error = test_error(log_p, test.labels)
     warn_near_chance(f"{label} on {args.dataset}", error, test.classes)
     meta = {"dataset": args.dataset, "label": label, "train_type": args.train_type, "out_dataset": out_name,
-            "epochs": epochs, "seed": args.seed, "augm_flag": args.augm_flag, "amp": args.amp, "test_error": error,
+            "epochs": args.epochs, "seed": args.seed, "augm_flag": args.augm_flag, "amp": args.amp, "test_error": error,
             "mixtures": mixtures and mixtures[2]}
     if data.class_names:
         meta["class_names"] = list(data.class_names)
@@ -102,6 +101,7 @@ def main(args):
     if out_name == "Folder":
         meta["out_dir"] = args.out_dir
     if calibrated:
+        meta |= {key: base.meta.get(key) for key in ("epochs", "augm_flag", "amp")}
         chosen = {name: getattr(model, name).item() for name in history[0] if name != "auroc"}
         meta |= chosen
         print(", ".join(f"{name} {value:.4g}" for name, value in chosen.items()))
@@ -143,18 +143,18 @@ def train_network(args, seed, name, state_path, data, out, base, mixtures) -> tu
 
 def decisive(args, out_name) -> dict:
     """The options that decide a result; auto may mean another out-distribution by now."""
-    return {key: value for key, value in vars(args).items()
-            if key not in ("gpu", "resume", "debug", "verbose", "download")} | {"out_dataset": out_name}
+    idle = ["gpu", "resume", "debug", "verbose", "download", "label", *["data_dir"] * (args.dataset != "Folder")]
+    return {key: value for key, value in vars(args).items() if key not in idle} | {"out_dataset": out_name}
 
 
 def is_there(path, args, out_name, mixtures) -> bool:
     """Whether the model is finished: trained with the same options, from the same mixtures."""
     record = records.load(model_paths.run_record(path))
-    if not path.exists() or model_paths.training_state(path).exists() or not record:
+    if not path.exists() or next(path.parent.glob(f"{path.stem}.*state"), None) or "options" not in record:
         return False
-    made = record["options"] | {"out_dataset": record["out_dataset"]}
-    return (record["test_error"] == files.load_model(path).meta.get("test_error")       # of this model
-            and record["mixtures"] == (mixtures and mixtures[2])
+    made = record["options"] | {"out_dataset": record.get("out_dataset")}
+    return (record.get("test_error") == files.load_model(path).meta.get("test_error")       # of this model
+            and record.get("mixtures") == (mixtures and mixtures[2])
             and all(made.get(key) == value for key, value in decisive(args, out_name).items()))
 
 
@@ -174,8 +174,11 @@ def check(args) -> None:
         raise UserError("--fit_out 1 goes with --train_type CEDA_GMM (CCU) or ACET")
     if args.members is not None and args.train_type != "DE":
         raise UserError("--members goes with --train_type DE")
-    if args.warmstart and args.train_type in ("DE", *params.CALIBRATED):
-        raise UserError(f"--warmstart 1 starts one network from Base: --train_type {args.train_type} does not take it")
+    if args.warmstart and args.train_type in ("MCD", "DE", *params.CALIBRATED):
+        raise UserError(f"--warmstart 1 starts one network from Base's weights: --train_type {args.train_type} has no "
+                        "use for them")
+    if args.gmm_path and not ccu:
+        raise UserError("--gmm_path goes with --train_type CEDA_GMM")
     args.members = first(args.members, params.MEMBERS)
 
 
@@ -205,7 +208,8 @@ def make_model(args, arch, seed, data, base, mixtures) -> Detector:
     base_model = build_classifier(arch, *data.images.shape[1:3], data.classes)
     if args.warmstart:
         if base.spec["base_model"] != base_model.spec or base.spec["kind"] == "DE":
-            raise UserError("--warmstart 1: the Base model has another classifier; train it with the same --arch")
+            raise UserError(f"--warmstart 1: {args.train_type} takes {base_model.spec['arch']}, the Base model has "
+                            "another classifier; train Base with the same --arch, or leave --warmstart out")
         base_model.load_state_dict(base.base_model.state_dict())
     if args.train_type == "EDL":
         return EDL(base_model)

@@ -194,14 +194,20 @@ def steps(report: Report, device: torch.device, quick: bool) -> None:
                        took["ccu"] / took["ceda"], most)
         if quick and arch == "ResNet18" and device.type == "cpu":
             continue
-        costs = {kind: in_child(cost_of_step, kind, arch, device.index, 1 if quick else 3) for kind in KINDS}
-        ms, mib = ({kind: cost[i] for kind, cost in costs.items()} for i in range(2))
-        report.add(f"naive_ccu_step / ccu_step, {arch}", ms["ccu"], "ms", ms["naive_ccu"], ms["naive_ccu"] / ms["ccu"],
-                   least={"LeNet": 15, "ResNet18": 4}[arch])
-        if None not in mib.values():
-            for kind, most in {"naive_ccu": 0.25, "ceda": None}.items():
-                report.add(f"memory of ccu_step / {kind}_step, {arch}", mib["ccu"], "MiB", mib[kind],
-                           mib["ccu"] / mib[kind], most)
+        # another way of the step: kind, whether freed memory is kept, and the targets of its time and memory
+        others = {"naive_ccu_step": ("naive_ccu", False, {"LeNet": 15, "ResNet18": 4}[arch], 0.25),
+                  "ceda_step": ("ceda", True, None, None)}
+        if device.type == "cpu":
+            others |= {"naive_ccu_step, freed memory kept": ("naive_ccu", True, None, None),
+                       "ccu_step, freed memory not kept": ("ccu", False, None, None)}
+        often = 1 if quick else 3
+        ours, needs = in_child(cost_of_step, "ccu", arch, device.index, True, often)
+        for name, (kind, keep, least, most) in others.items():
+            ms, mib = in_child(cost_of_step, kind, arch, device.index, keep, often)
+            if kind != "ceda":
+                report.add(f"{name} / ccu_step, {arch}", ours, "ms", ms, ms / ours, least=least)
+            if mib is not None:
+                report.add(f"memory of ccu_step / {name}, {arch}", needs, "MiB", mib, needs / mib, most=most)
 
 
 def compiled(report: Report, device: torch.device, quick: bool) -> None:
@@ -220,14 +226,13 @@ def compiled(report: Report, device: torch.device, quick: bool) -> None:
                        1e3 * took["plain"], took["compiled"] / took["plain"])
 
 
-def cost_of_step(kind: str, arch: str, gpu: int | None, repeats: int) -> tuple[float, float | None]:
+def cost_of_step(kind: str, arch: str, gpu: int | None, keep: bool, repeats: int) -> tuple[float, float | None]:
     """Milliseconds of a step, and MiB that it needs on top of model, optimiser and images (None: can't be told).
 
-    For a process of its own.  The naive step's is one as Python starts it, ours keeps freed memory as run_training.py
-    does.
+    For a process of its own, which with `keep` keeps freed memory as run_training.py does.
     """
     device = cli.device(-1 if gpu is None else gpu)
-    if kind != "naive_ccu":
+    if keep:
         cli.keep_freed_memory()
     step = make_step(kind, arch, False, device)
     step()

@@ -303,6 +303,6 @@ def certified_radius(ccu: CCU, x: Tensor, ratio: float = 1.1, method: str = "tig
     require_ccu(ccu)
     if not 1 < ratio < ccu.classes:
         raise ValueError(f"ratio must lie between 1 and {ccu.classes}, the number of classes, got {ratio}")
-    # with thrice the error of one rounding, what another batch size rounds otherwise comes to the same verdict
+    # thrice the allowance for rounding: confidence_bound, which rounds otherwise in another batch, confirms the radius
     radii = [balls.largest_radius(ratio / ccu.classes) for _, balls in blocks(ccu, x, method, margin=3.0)]
     return torch.cat([ccu.loglam.new_empty(0, dtype=torch.float64), *radii]).to(x.device)

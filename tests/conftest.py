@@ -19,12 +19,12 @@ def run_script(command: str):
     """Run `script.py --options` in this process, as the shell would; on the CPU, also where there is a GPU."""
     name, *options = command.split()
     script = importlib.import_module(name.removesuffix(".py"))
-    parser = script.parser()
-    if "--gpu" in parser._option_string_actions and "--gpu" not in options:
-        options += ["--gpu", "-1"]
     saved, sys.argv = sys.argv, [name, *options]
     try:
         from utils import cli
+        parser = script.parser()
+        if "--gpu" in parser._option_string_actions and "--gpu" not in options:
+            sys.argv[1:1] = ["--gpu", "-1"]
         return cli.run(script.main, parser)
     finally:
         sys.argv = saved

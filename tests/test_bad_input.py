@@ -146,6 +146,8 @@ TABLE = [
     (f"{TRAIN} plain --batchsize=3", ["--batchsize", "did you mean --batch_size"]),
     (f"{TRAIN} plain --augm_flag maybe", ["maybe", "neither 0 nor 1"]),
     (f"{TRAIN} plain --augm_flag", ["--augm_flag", "expected one argument"]),
+    (f"{TRAIN} plain --gmm_path {GMM_PT}", ["--gmm_path", "CEDA_GMM"]),
+    (f"{TRAIN} MCD --warmstart 1", ["--warmstart", "MCD"]),
     (f"{TRAIN} plain --gpu 77", ["--gpu 77", "-1 for the CPU"]),
     (f"{TRAIN} plain --gpu -2", ["--gpu -2", "-1 for the CPU"]),
     (f"{TRAIN} plain --gpu cuda:0", ["--gpu", "cuda:0"]),

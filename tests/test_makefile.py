@@ -48,3 +48,23 @@ def test_a_label_that_nothing_makes_is_refused_unless_its_model_is_there(planned
     steps, error = planned("LABELS=CCU Mine")
     assert steps == [] and "unknown label Mine" in error
     assert planned("LABELS=CCU Mine", there=["CCU", "Mine"])[0] == ["gen_eval", "gen_attack_stats"]
+
+
+def test_tables_of_other_models_are_made_anew(planned, tmp_path):
+    """Those that come with the repository lie in results/, newer than the user's models perhaps."""
+    tables = [tmp_path / f"results/table{i}_Digits.csv" for i in (1, 2)]
+    tables[0].parent.mkdir()
+    for table in tables:
+        table.touch()
+    assert planned("LABELS=Base CCU", there=["Base", "CCU"])[0] == ["gen_eval", "gen_attack_stats"]
+    for i in (1, 2):
+        (tmp_path / f"checkpoints/Digits/.table{i}").touch()        # as make leaves them
+    assert planned("LABELS=Base CCU")[0] == []
+    tables[0].unlink()
+    assert planned("LABELS=Base CCU")[0] == ["gen_attack_stats"]
+
+
+def test_a_check_leaves_the_models_that_are_there(planned, tmp_path):
+    run = subprocess.run(["make", "-n", "check"], cwd=tmp_path, text=True, capture_output=True)
+    demo = [line for line in run.stdout.splitlines() if ".py --dataset" in line and "echo" not in line]
+    assert len(demo) == 7 and all(line.startswith("cd /") and f"cd {tmp_path} " not in line for line in demo)

@@ -100,7 +100,7 @@ def batch_norms_see_the_whole_batch():
     target = torch.randn(5, 3, 4, 4)
     (whole(x) * target).mean((1, 2, 3)).square().mean().backward()
     mine = x.detach().requires_grad_()
-    weight, (part, part_target) = parallel.share(5, mine, target)
+    weight, (part, part_target) = parallel.shard(5, mine, target)
     out = own(part)
     (weight * (out * part_target).mean((1, 2, 3)).square().mean()).backward()
     parallel.sum_gradients([*own.parameters(), nn.Parameter(mine)])
@@ -127,7 +127,7 @@ def test_shares_times_their_weights_add_up_to_the_mean_over_the_batch(n, size, m
     monkeypatch.setattr(parallel, "world_size", lambda: size)
     for r in range(size):
         monkeypatch.setattr(parallel, "rank", functools.partial(int, r))
-        weight, (own_x, own_z, nothing) = parallel.share(n, x, z, None)
+        weight, (own_x, own_z, nothing) = parallel.shard(n, x, z, None)
         assert len(own_z) == 2 * len(own_x) > 0 and nothing is None
         total = total + weight * torch.stack((own_x.mean(0), own_z.mean(0)))
     torch.testing.assert_close(total, torch.stack((x.mean(0), z.mean(0))))

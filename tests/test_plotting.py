@@ -165,7 +165,7 @@ def test_two_moons():
     assert bar.get_ylim() == (0.5, 1)
 
 
-def test_the_newest_backup_of_the_data_set_is_taken(tmp_path, monkeypatch):
+def test_the_newest_backup_of_the_data_set_is_taken(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="no scores for MNIST yet; run: python gen_eval.py --dataset MNIST$"):
         backups.load("MNIST", backups.SCORES)
@@ -175,6 +175,8 @@ def test_the_newest_backup_of_the_data_set_is_taken(tmp_path, monkeypatch):
         path = files.save(backup, model_paths.BACKUP / f"{name}.pt")
         os.utime(path, (1000 + age, 1000 + age))
     assert len(backups.load("Digits", backups.ATTACK)["radii"]) == 6
+    (model_paths.BACKUP / "damaged.pt").write_bytes(b"newest of all")
+    assert len(backups.load("Digits", backups.ATTACK)["radii"]) == 6 and "damaged.pt" in capsys.readouterr().err
     assert len(backups.load("Digits", backups.ATTACK, "results/backup/old_Digits.pt")["radii"]) == 4
     assert "radii" not in backups.load("Digits", backups.SCORES)
     with pytest.raises(UserError, match="is of Digits, not of MNIST"):

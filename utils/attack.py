@@ -78,9 +78,8 @@ class Region:
         The pull-back makes the result exact.
 
         Why not simply clamp and pull back: clamped pixels are far away in the metric, and a pull-back that mends them
-        shrinks everything.  On concave functions in 5 to 60 dimensions whose s have condition 100 and 10^4 that
-        ends 2 % and 14 % of the attainable rise below the maximum; with rounds of alternating projections, nearest
-        in pixels, 2 % and 4 %; with this projection below 0.1 %.
+        shrinks everything, so that the search ends below the maximum.  tests/test_attack.py holds this projection to
+        0.1 % of the attainable rise of concave functions.
         """
         a, V, R = self.weights, self.metric.comp_vecs, self.radius.clamp_min(1e-20)
         rho = (self.penalty * (R / step).sqrt()).clamp(max=a.max())                 # [N, 1]
@@ -222,8 +221,7 @@ def attack(detector: Detector, metric: PCAMetric, seeds: Tensor, radii: Tensor, 
     (Region.project).  alpha: length of the first step in tenths of the radius (3: 0.3 R).  The published code's
     is in the metric's units, but radii differ a thousandfold between data sets.  Each point has its own step:
     10 % longer at each better score, halved after three gradients without one, when the search goes back to its
-    best point.  Measured, this needs fewer gradients to the same score than Auto-PGD's checkpoints, which wait
-    for a fifth of the search before they first look at it.
+    best point.  benchmarks/attack_strength.py compares it with plain gradient steps.
 
     `batch` points are attacked at once; the starts, and up to rounding the result, do not depend on it.
     progress(n) is called with n more steps of `steps` done.  The detector must be in evaluation mode.  An attack with

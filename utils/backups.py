@@ -1,5 +1,6 @@
 """What the figures are made of: the files that the tables leave in results/backup (README: Backups)."""
 
+import sys
 from pathlib import Path
 
 import torch
@@ -26,7 +27,11 @@ def load(dataset: str, format: str, file: str | Path | None = None) -> dict:
         return backup
     newest_first = sorted(model_paths.BACKUP.glob("*.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in newest_first:
-        backup = files.load(path)
+        try:
+            backup = files.load(path)
+        except UserError as error:      # it may be of another data set
+            print(f"warning: {error}", file=sys.stderr)
+            continue
         if isinstance(backup, dict) and (backup.get("format"), backup.get("dataset")) == (format, dataset):
             return backup
     demo = ", or: make demo" * (dataset == "Digits")

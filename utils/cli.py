@@ -84,7 +84,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--out_dataset", default="auto", choices=("auto", *KNOWN_OUT), metavar="D",
                           help="out-distribution: TinyImages, RandomImages300k, Folder (photos in --out_dir), "
                           "Photos (crops of a photograph that scikit-learn brings) or another data set (auto: the "
-                          "first of the two that is in --data_dir, else Photos)")
+                          "first of TinyImages and RandomImages300k whose file is in --data_dir, else Photos)")
         self.add_argument("--out_dir", help="folder of photos for --out_dataset Folder")
         return self
 
@@ -192,8 +192,8 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def keep_freed_memory() -> None:
-    """For work in equal steps on a CPU.  glibc gives large tensors back to the system at once, and each 4 kB of the
-    next step's cost a page fault; kept, a ResNet18 trains a fifth faster, in a third more memory."""
+    """For work in equal steps on a CPU: glibc gives large tensors back to the system at once, and each 4 kB of the
+    next step's cost a page fault.  Kept, they take more memory at the peak (benchmarks/run.py)."""
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)

@@ -12,8 +12,7 @@ from utils.errors import UserError
 
 
 def full_precision():
-    """On a GPU convolutions are float32's instead of TF32's, by the same algorithm each time: the scripts' scores of
-    one model agree."""
+    """Convolutions in float32, not a GPU's TF32, and deterministic: all scripts compute the same scores of a model."""
     return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
 
 

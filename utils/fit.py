@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import params
 from models import GMM, PCAMetric
 from utils.state import State
 
 BLOCK = 8192
-KMEANS_IMAGES = 20_000      # k-means is only a start: it sees at most this many images
 
 
 @dataclass
@@ -33,7 +33,7 @@ def kmeans_start(z: Tensor, K: int, seed: int, reg_covar: float) -> Fit:
     """One M-step from the hard assignments of scikit-learn's k-means on a sample of the centred z [n, D]."""
     from sklearn.cluster import KMeans
     generator = torch.Generator().manual_seed(seed)
-    sample = z[torch.randperm(len(z), generator=generator)[:max(KMEANS_IMAGES, K)].to(z.device)]
+    sample = z[torch.randperm(len(z), generator=generator)[:max(params.KMEANS_IMAGES, K)].to(z.device)]
     kmeans = KMeans(K, n_init=1, max_iter=20, tol=1e-3, random_state=seed).fit(sample.cpu().numpy())
     centres = torch.as_tensor(kmeans.cluster_centers_, dtype=z.dtype, device=z.device)
 
@@ -43,8 +43,8 @@ def kmeans_start(z: Tensor, K: int, seed: int, reg_covar: float) -> Fit:
     return Fit(means, variances, weights, [])
 
 
-def em(z: Tensor, start: Fit, reg_covar: float, update_weights: bool = False, tol: float = 1e-2,
-       max_iter: int = 100, progress: Callable = lambda iteration, log_likelihood: None,
+def em(z: Tensor, start: Fit, reg_covar: float, update_weights: bool = False, tol: float = params.EM_TOL,
+       max_iter: int = params.EM_STEPS, progress: Callable = lambda iteration, log_likelihood: None,
        keep: Callable[[Fit], None] = lambda fit: None) -> Fit:
     """EM for spherical components on the centred z [n, D], until the mean log-likelihood changes by less than tol.
 

@@ -45,7 +45,7 @@ class Objective:
     def __call__(self, model: Detector, x: Tensor, y: Tensor, z: Tensor | None, generator: torch.Generator
                  ) -> tuple[Tensor, dict[str, Tensor]]:
         draws = self.draw(x, z, generator)
-        self.weight, (x, y, z, *draws) = parallel.share(len(x), x, y, z, *draws)
+        self.weight, (x, y, z, *draws) = parallel.shard(len(x), x, y, z, *draws)
         loss, scalars = self.loss(model, x, y, z, *draws)
         return self.weight * loss, {name: self.weight * value for name, value in scalars.items()}
 
@@ -103,10 +103,10 @@ class OE(Objective):
     """Outlier exposure (Hendrycks et al. 2019): cross-entropy + 0.5 x cross-entropy to uniform."""
 
     schedule = "cosine"
-    out_batch_ratio = 2
+    out_batch_ratio = params.OE_OUT_RATIO
 
     def loss(self, model, x, y, z):
-        return self.combine(model(torch.cat((x, z))), y, uniform_cross_entropy, 1.0, 0.5)
+        return self.combine(model(torch.cat((x, z))), y, uniform_cross_entropy, 1.0, params.OE_WEIGHT)
 
 
 class ACET(Objective):

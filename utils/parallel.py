@@ -1,6 +1,6 @@
 """Several processes that work as one: torchrun starts them, torch.distributed connects them.
 
-In a process of its own every function here does nothing, or what one process needs.
+Without torchrun every function here does nothing, or returns what one process needs.
 """
 
 import contextlib
@@ -70,14 +70,14 @@ def barrier() -> None:
         dist.all_reduce(torch.zeros(1))
 
 
-def of_first(x: Tensor) -> Tensor:
+def broadcast(x: Tensor) -> Tensor:
     """Rank 0's x, on the CPU, in every process: on another machine it may be rounded otherwise."""
     if world_size() > 1:
         dist.broadcast(x, 0)
     return x
 
 
-def share(n: int, *tensors: Tensor | None) -> tuple[float, list[Tensor | None]]:
+def shard(n: int, *tensors: Tensor | None) -> tuple[float, list[Tensor | None]]:
     """This process's part of a batch of n images, and its weight: tensors [n k, ...], k rows an image, or None.
 
     The parts' means times their weights add up to the mean over the batch, also where n is not divided by the number
@@ -91,7 +91,7 @@ def share(n: int, *tensors: Tensor | None) -> tuple[float, list[Tensor | None]]:
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Add up the processes' gradients in one all-reduce; of losses times the weights of `share`, the batch's."""
+    """Add up the processes' gradients in one all-reduce; of losses times the weights of `shard`, the batch's."""
     if world_size() > 1:
         gradients = [p.grad for p in parameters if p.grad is not None]
         flat = torch.cat([g.flatten() for g in gradients])

@@ -51,7 +51,7 @@ def check_fit(models: dict[str, Detector], data: ImageSet) -> None:
 
 
 def name_untrained(dataset: str) -> None:
-    """Of the tables' labels those that are not trained, and the command that makes the first, on one line of stderr."""
+    """Print which of the tables' labels are not trained yet, and the command that trains the first."""
     found = model_paths.trained(dataset)
     if untrained := [label for label in model_paths.LABELS if label not in found]:
         print(f"left out, since they are not trained: {', '.join(untrained)}; {untrained[0]} comes from: "

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pandas as pd
 
-import params
 from utils import files
 
 
@@ -53,7 +52,7 @@ def how_made(made: dict) -> str:
     made = made.get("options", {}) | made
     kind, epochs = made.get("train_type"), made.get("epochs")
     parts = [epochs and f"{epochs} epoch{'s' * (epochs > 1)}",
-             made.get("amp") and kind not in params.CALIBRATED and "bf16",
+             made.get("amp") and "bf16",
              made.get("out_dataset") and f"out-distribution {made['out_dataset']} {made.get('out_dir') or ''}".strip(),
              kind == "ACET" and made.get("steps") and f"{made['steps']} attack step{'s' * (made['steps'] > 1)}",
              kind == "DE" and made.get("members") and f"{made['members']} members",

@@ -45,7 +45,7 @@ def make_optimizer(model: Detector, settings: Settings) -> torch.optim.Optimizer
             groups.append({"params": chosen, "lr": settings.lr_gmm, "weight_decay": 0.0})
     if settings.optimizer == "adam":
         return torch.optim.Adam(groups, fused=True)
-    return torch.optim.SGD(groups, momentum=0.9, nesterov=settings.optimizer == "nesterov", fused=True)
+    return torch.optim.SGD(groups, momentum=params.MOMENTUM, nesterov=settings.optimizer == "nesterov", fused=True)
 
 
 def lr_factor(schedule: str, progress: float) -> float:
