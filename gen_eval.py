@@ -54,7 +54,8 @@ def main(args):
     metric = ("AP", evaluation.average_precision) if args.aupr else ("AUC", evaluation.auroc)
     table = make_table(models, sets, scores, metric, not args.drop_mmc)
     fpr = make_table(models, sets, scores, ("FPR95", evaluation.fpr95), False)
-    notes = [f"command: {records.of(args)['command']}",
+    record = records.of(args)
+    notes = [f"command: {record['command']}",
              "test error (%): " + ", ".join(f"{label} {error:.2f}" for label, error in test_errors.items()),
              *tables.model_notes(models), "average precision and FPR at 95 % TPR: OOD is the positive class"]
     title = f"Table 2, {args.dataset}: {metric[0]}{'' if args.drop_mmc else ' and mean maximal confidence'} (%)"
@@ -65,7 +66,7 @@ def main(args):
     written = tables.write(table, stem, title, notes) + tables.write(fpr, f"{stem}_fpr95", title_fpr, notes)
     written.append(files.write_json(model_paths.table_runs(stem), runs(args.dataset, models, test_errors)))
     written.append(files.save({
-        "format": SCORES, "record": records.of(args), "dataset": args.dataset,
+        "format": SCORES, "record": record, "dataset": args.dataset,
         "test_error": test_errors, "meta": meta_of(models),
         "scores": {f"{label}/{name}": value.cpu() for (label, name), value in scores.items()}}, backup))
     print("", *(f"wrote {path}" for path in written), sep="\n")
