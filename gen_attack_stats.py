@@ -171,7 +171,8 @@ def load_seeds(path: str, dataset: str, shape: tuple[int, ...]) -> torch.Tensor:
 def attack_batch(label, model, metric, b, x, r, path, args, device) -> None:
     """Worst samples and their scores of batch b, seeds x and radii r; kept in `path`, for --resume 1 too."""
     generator = torch.Generator().manual_seed(args.seed * 1000 + b)
-    state = State(path.with_suffix(".state"), {"points": args.points}, resume=True)
+    # another --points, as when memory ran out, repeats this batch and keeps those that are done
+    state = State(path.with_suffix(f".{args.points}.state"), {}, resume=True)
     with tqdm(desc=f"{label}, batch {b + 1}", total=args.steps, leave=False, disable=None) as bar:
         found = attack(model, metric, x.to(device), r.to(device), args.steps, args.restarts, args.alpha, generator,
                        batch=args.points, progress=bar.update, state=state)

@@ -264,7 +264,7 @@ def require_ccu(model) -> None:
 
 
 def blocks(ccu: CCU, x: Tensor, method: str, margin: float = 1.0) -> Iterator[tuple[slice, Balls]]:
-    """Slices of the points x [B, ...], such that no tensor has more than BLOCK numbers, and the balls around them."""
+    """Slices of the points x [B, ...], whose tensors have at most BLOCK numbers, and the balls around them."""
     D = ccu.gmm_in.metric.dim
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")

@@ -58,8 +58,9 @@ def test_tables_of_other_models_are_made_anew(planned, tmp_path):
         table.touch()
     assert planned("LABELS=Base CCU", there=["Base", "CCU"])[0] == ["gen_eval", "gen_attack_stats"]
     for i in (1, 2):
-        (tmp_path / f"checkpoints/Digits/.table{i}").touch()        # as make leaves them
+        (tmp_path / f"checkpoints/Digits/.table{i}").write_text("Base CCU\n")       # as make leaves them
     assert planned("LABELS=Base CCU")[0] == []
+    assert planned("LABELS=CCU")[0] == ["gen_eval", "gen_attack_stats"]
     tables[0].unlink()
     assert planned("LABELS=Base CCU")[0] == ["gen_attack_stats"]
 

@@ -105,6 +105,11 @@ def test_a_finished_model_is_trained_again_for_other_options_alone(work, monkeyp
     assert trained("--resume 1")                                # another model in its place
     model_paths.run_record(path).write_text("[]")
     assert trained("--resume 1")
+    assert not trained("--resume 1")
+    Path("checkpoints/Digits/CCU.wide.state").touch()           # another label's
+    assert not trained("--resume 1")
+    path.write_bytes(b"damaged")
+    assert trained("--resume 1")
 
 
 def test_the_record_of_a_model_that_was_replaced_is_left_out(work):

@@ -14,9 +14,10 @@ from models import ODIN, Detector, Maha, Softmax
 from models.detectors import Perturbed
 from utils.data import ImageSet, batches
 from utils.errors import UserError
-from utils.evaluation import auroc
+from utils.evaluation import auroc, full_precision
 
 
+@full_precision()
 def calibrate(train_type: str, base: Detector, data: ImageSet, out: ImageSet, seed: int,
               batch_size: int) -> tuple[Perturbed, list[dict]]:
     """ODIN or Maha on the classifier of `base`, in evaluation mode, and the AUROC (%) of everything that was tried.
