@@ -20,7 +20,8 @@ import params
 from utils import cli, files, records, tables
 from utils.errors import UserError
 
-SHORT = {"MNIST-100epochs": ("Base", "ODIN", "Maha", "CCU"),      # README.md's tables and, of their labels, these
+# README.md's tables and, of their labels, these
+SHORT = {"MNIST-100epochs": ("Base", "CEDA", "ODIN", "Maha", "CCU"),
          "MNIST": ("Base", "CEDA", "OE", "ACET", "CCUs", "CCU")}
 BEGIN, END = "<!-- results: written by gen_results.py -->\n", "<!-- end of results -->\n"
 SHORTEST = params.EPOCHS / 20       # a run of fewer epochs compares with no whole one
