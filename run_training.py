@@ -150,17 +150,15 @@ def decisive(args, out_name) -> dict:
 def is_there(path, args, out_name, mixtures) -> bool:
     """Whether the model is finished: trained with the same options, from the same mixtures."""
     record = records.load(model_paths.run_record(path))
+    made = record.get("options", {}) | {"out_dataset": record.get("out_dataset")}
     states = [model_paths.training_state(path, i) for i in (None, *range(args.members))]
-    if "options" not in record or any(state.exists() for state in states):
+    if (record.get("mixtures") != (mixtures and mixtures[2]) or any(state.exists() for state in states)
+            or any(made.get(key) != value for key, value in decisive(args, out_name).items())):
         return False
-    try:
-        test_error = files.load_model(path).meta.get("test_error")
+    try:        # is the record this model's?
+        return files.load_model(path).meta.get("test_error") == record.get("test_error")
     except UserError:       # none, or a damaged one
         return False
-    made = record["options"] | {"out_dataset": record.get("out_dataset")}
-    return (record.get("test_error") == test_error      # the record is of this model
-            and record.get("mixtures") == (mixtures and mixtures[2])
-            and all(made.get(key) == value for key, value in decisive(args, out_name).items()))
 
 
 def first(*values):
