@@ -38,6 +38,8 @@ def main(args):
     if args.amp and not cli.has_bf16(device):
         print("warning: this machine only imitates bf16 arithmetic: training with --amp 1 is slower than without",
               file=sys.stderr)
+    if unused := idle(args):
+        print(f"warning: --train_type {args.train_type} has no use for {', '.join(unused)}", file=sys.stderr)
     label = args.label or model_paths.label(args.train_type, args.fit_out)
     path = model_paths.model(args.dataset, label)
     calibrated = args.train_type in params.CALIBRATED
@@ -183,6 +185,16 @@ def check(args) -> None:
     if args.gmm_path and not ccu:
         raise UserError("--gmm_path goes with --train_type CEDA_GMM")
     args.members = first(args.members, params.MEMBERS)
+
+
+def idle(args) -> list[str]:
+    """The options that were given and that this method has no use for."""
+    calibrated = args.train_type in params.CALIBRATED
+    names = ["steps"] * (args.train_type != "ACET")
+    names += ["PCA", "metric", "n", "lr_gmm", "grad_vars"] * (args.train_type != "CEDA_GMM")
+    names += ["lr", "decay"] * calibrated
+    names += ["loglam"] * (calibrated or args.train_type in ("OE", "EDL", "GAN"))
+    return [f"--{name}" for name in names if getattr(args, name) != parser().get_default(name)]
 
 
 def load_mixtures(args, out_name):

@@ -124,6 +124,22 @@ def test_lr_gmm_and_grad_vars_reach_the_mixtures(options, lr, names, trained):
     assert {id(p) for group in groups for p in group["params"]} == {id(p) for p in wanted}
 
 
+@pytest.mark.parametrize("options, unused", [
+    ("CEDA --steps 7 --lr_gmm 0.1 --n 10", "--n, --lr_gmm, --steps"),
+    ("plain --n 100 --PCA 0 --grad_vars mu --metric mahalanobis", "--PCA, --metric, --grad_vars"),
+    ("EDL --n 100 --loglam 1", "--loglam"),
+    ("ACET --n 100 --steps 7 --loglam 1 --lr 0.1 --decay 0", ""),
+    ("CEDA_GMM --fit_out 1 --lr_gmm 0.1 --grad_vars mu --loglam 1", ""),
+    ("plain --n 100 --loglam 1 --lr 0.1 --decay 0 --epochs 7", ""),
+])
+def test_options_that_a_method_has_no_use_for_are_named(options, unused, trained, capsys):
+    trained(options)
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "no use" in line]
+    assert len(warnings) == bool(unused)
+    if unused:
+        assert set(warnings[0].rpartition(" for ")[2].split(", ")) == set(unused.split(", "))
+
+
 def test_the_members_of_de_are_base_models_of_seeds_in_a_row(trained):
     members = trained("DE --members 3 --seed 2")
     assert [run.settings.seed for run in members] == [6, 7, 8]
