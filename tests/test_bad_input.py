@@ -677,6 +677,19 @@ def test_a_test_error_near_chance_is_named(work, capsys, monkeypatch):
     assert not warned(capsys, "x")
 
 
+def test_a_batch_too_small_for_a_batch_norm_is_named(tmp_path, capsys, monkeypatch):
+    """ResNet18 makes images of 8 x 8 maps of one value: a batch of one has no variance."""
+    monkeypatch.chdir(tmp_path)
+    for i, path in enumerate(f"mine/{split}/{c}" for split in ("train", "test") for c in "ab"):
+        Path(path).mkdir(parents=True)
+        Image.new("RGB", (8, 8), (9 * i, 0, 0)).save(f"{path}/1.png")
+    with pytest.raises(SystemExit) as stop:
+        run_script("run_training.py --dataset Folder --data_dir mine --image_size 8 --train_type plain --batch_size 1")
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and error.startswith("run_training.py: ") and "larger --batch_size" in error
+    assert not Path("checkpoints/Folder/Base.pt").exists()
+
+
 def test_ood_sets_that_are_not_ood_are_named(work, capsys):
     train, test = (np.random.default_rng(i).integers(0, 256, 20 * 784, np.uint8) for i in (7, 8))
     train[:3 * 784] = test[5 * 784:8 * 784]

@@ -229,6 +229,9 @@ def run(main, parser: Parser, several: bool = False) -> None:
         if full and not args.debug:
             parser.exit(2, f"{parser.prog}: out of memory: choose a smaller --batch_size (of an attack: --points), or "
                         "fewer images or centroids\n")
+        if "Expected more than 1 value per channel" in str(error) and not args.debug:
+            parser.exit(2, f"{parser.prog}: these images are so small that a batch norm needs more than one: choose a "
+                        "larger --batch_size\n")
         # files.write reports a full disk itself; TensorBoard's logs are left
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and not args.debug:
             parser.exit(2, f"{parser.prog}: {error}\n")
