@@ -8,7 +8,7 @@
 #               draw what can be drawn of the models and tables that are there: results/figures/
 # make test     the tests           make check   lint, tests and a short demo, as CI runs them
 PYTHON ?= python3
-PY := $(abspath .venv/bin/python)
+PY := "$(abspath .venv)/bin/python"
 INSTALLED := .venv/.installed
 
 .PHONY: demo tables mixtures results figures test lint check FORCE
@@ -29,7 +29,7 @@ demo: RESTARTS ?= 2
 demo: LABELS = Base CEDA ACET CCU
 # where it writes: `make check` must not replace the models of who runs it
 demo: DIR = .
-demo: RUN = cd $(DIR) && $(PY) $(CURDIR)/
+demo: RUN = cd "$(DIR)" && $(PY) "$(CURDIR)"/
 demo: TRAIN = $(RUN)run_training.py --dataset Digits --augm_flag 1
 
 demo: $(INSTALLED)
@@ -60,11 +60,13 @@ RESTARTS ?= $(if $(digits),5,50)
 KNOWN := $(shell $(PYTHON) -c 'import model_paths; print(*model_paths.LABELS)' 2> /dev/null)
 LABELS ?= $(KNOWN)
 MODELS := checkpoints/$(DATASET)
+$(if $(filter-out 1,$(words $(DATASET))),$(error DATASET: give one))
+$(if $(LABELS),,$(if $(KNOWN),$(error LABELS: give at least one of $(KNOWN))))
 # what was trained elsewhere and imported has its checkpoint already
 $(foreach label,$(filter-out $(KNOWN) $(KNOWN:%=%-seed%),$(LABELS)),$(if $(wildcard $(MODELS)/$(label).pt),,\
   $(error LABELS: unknown label $(label); known: $(KNOWN), with other seeds Base-seed1 and so on)))
-DATA := $(addprefix --data_dir ,$(DATA_DIR)) $(ARGS)
-OUT := $(addprefix --out_dataset ,$(OUT_DATASET)) $(addprefix --out_dir ,$(OUT_DIR))
+DATA := $(if $(DATA_DIR),--data_dir "$(DATA_DIR)") $(ARGS)
+OUT := $(addprefix --out_dataset ,$(OUT_DATASET)) $(if $(OUT_DIR),--out_dir "$(OUT_DIR)")
 # as in the demo, ACET's attacks are shortened where everything has to run on a laptop
 $(MODELS)/ACE%.pt: ACET = $(if $(digits),--steps 10)
 # labels take the GPUs in turn
@@ -101,7 +103,7 @@ results: $(INSTALLED)
 	$(PY) gen_results.py
 
 figures: $(INSTALLED)
-	$(PY) gen_figures.py --datasets $(DATASET) $(addprefix --data_dir ,$(DATA_DIR))
+	$(PY) gen_figures.py --datasets $(DATASET) $(if $(DATA_DIR),--data_dir "$(DATA_DIR)")
 
 # --- checks ------------------------------------------------------------------------------------------------------
 

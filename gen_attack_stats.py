@@ -97,11 +97,11 @@ def main(args):
         return
     table = layout(rows, args)
     title = "Table 1: adversarial noise (%)"
-    tables.show(table, title)
-    print("", *notes, sep="\n")
     written = tables.write(table, stem, title, notes) + written
     for parts in finished:      # only now is nothing lost that a killed run could need
         shutil.rmtree(parts)
+    tables.show(table, title)
+    print("", *notes, sep="\n")
     print("", *(f"wrote {path}" for path in written), sep="\n")
 
 

@@ -60,15 +60,15 @@ def main(args):
              *tables.model_notes(models), "average precision and FPR at 95 % TPR: OOD is the positive class"]
     title = f"Table 2, {args.dataset}: {metric[0]}{'' if args.drop_mmc else ' and mean maximal confidence'} (%)"
     title_fpr = f"Table 2, {args.dataset}: FPR at 95 % TPR (%)"
-    tables.show(table, title)
-    tables.show(fpr, title_fpr)
-    print("", *notes, sep="\n")
     written = tables.write(table, stem, title, notes) + tables.write(fpr, f"{stem}_fpr95", title_fpr, notes)
     written.append(files.write_json(model_paths.table_runs(stem), runs(args.dataset, models, test_errors)))
     written.append(files.save({
         "format": SCORES, "record": record, "dataset": args.dataset,
         "test_error": test_errors, "meta": meta_of(models),
         "scores": {f"{label}/{name}": value.cpu() for (label, name), value in scores.items()}}, backup))
+    tables.show(table, title)
+    tables.show(fpr, title_fpr)
+    print("", *notes, sep="\n")
     print("", *(f"wrote {path}" for path in written), sep="\n")
 
 

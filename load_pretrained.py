@@ -42,11 +42,10 @@ def from_authors(state: dict, dataset: params.Dataset) -> CCU:
     """
     files.check_state_dict(state)
     D = dataset.channels * dataset.size ** 2
-    state = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    state = dict(state)
     base_model = build_classifier(dataset.arch, dataset.channels, dataset.size, dataset.classes)
-    counters = {key: value for key, value in base_model.state_dict().items() if key.endswith("num_batches_tracked")}
     base = {key.removeprefix("base_model."): state.pop(key) for key in list(state) if key.startswith("base_model.")}
-    files.load_state(base_model, base | counters)
+    files.load_state(base_model, base)
 
     def take(key: str, *shape: int | None) -> torch.Tensor:
         if key not in state:

@@ -169,7 +169,7 @@ def first(*values):
 
 
 def check(args) -> None:
-    """Options that only make sense together."""
+    """Refuse options that only make sense together; fill in use_gmm and members."""
     ccu = args.train_type == "CEDA_GMM"
     if args.use_gmm is None:
         args.use_gmm = ccu

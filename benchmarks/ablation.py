@@ -124,7 +124,8 @@ def parser() -> cli.Parser:
     p.add_argument("--epochs", type=cli.integer(1), default=params.EPOCHS, help=f"epochs of training ({params.EPOCHS})")
     p.add_argument("--arch", choices=tuple(params.NETWORKS), metavar="A", help="LeNet or ResNet18")
     p.add_argument("--amp", type=cli.flag, default=False, help="1 = classifier in bf16 (0)")
-    p.add_argument("--ood", nargs="+", default=[], metavar="NAME=FOLDER", help="more OOD sets: folders of images")
+    p.add_argument("--ood", nargs="+", type=cli.assignment, default=[], metavar="NAME=FOLDER",
+                   help="more OOD sets: folders of images")
     return p
 
 

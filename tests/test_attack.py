@@ -146,7 +146,6 @@ def test_more_work_is_never_worse():
 
 def test_deterministic_and_independent_of_batch_and_leaves_the_global_generator():
     metric, net = random_metric(20, 1e3, seed=3), small_net(20)
-    net = Function(lambda x, f=net.attack_score: f(x))
     seeds, radii = seeds_of(7, 20, dtype=torch.float64), torch.linspace(0.1, 1, 7)
     metric = PCAMetric(metric.comp_vecs.double(), metric.singular_values.double())
     state = torch.get_rng_state()

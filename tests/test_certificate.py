@@ -13,7 +13,7 @@ from scipy.optimize import brentq
 from scipy.special import logsumexp
 
 from models import CCU, GMM, PCAMetric, certified_radius, confidence_bound
-from models.certificate import ball_max, peak
+from models.certificate import Balls, Mixtures, ball_max, peak
 from utils.files import load_model
 
 VARIANCES = ("4x", "larger", "any", "equal", "nearly")     # the out-variances against the in-variances
@@ -418,6 +418,53 @@ def test_rounding_beside_a_centroid_of_the_out_mixture_is_on_the_safe_side():
                         assert mpmath.mpf(1) / 10 + mpmath.mpf(9) / 10 * b / (1 + b) <= bound
                         checked += 1
     assert checked == 96
+
+
+def exact(tensor) -> mpmath.matrix:
+    return mpmath.matrix(tensor.detach().double().tolist())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_each_rounding_error_is_within_its_allowance(seed):
+    """Coordinates, squared distances and the lengths of (3), in 60 digits from the numbers they are computed of."""
+    D, K = 12, 3
+    ccu = make_ccu(seed, D=D, K=K, L=K, low=1e-3, high=2e-3)
+    with torch.no_grad():
+        ccu.gmm_in.metric.singular_values *= torch.logspace(2, -4, D)
+        x = torch.rand(8, D, generator=torch.Generator().manual_seed(seed))
+        x[4:] = ccu.gmm_out.mu[0] + 1e-6 * x[4:]        # beside a centroid
+        mixtures = Mixtures(ccu)
+        balls = Balls(mixtures, x.double(), "tight")
+        z, lengths = mixtures.metric.transform(x.double()), balls.quadratics[0][1]
+    with mpmath.workdps(60):
+        V, s, points, mu, nu = map(exact, (ccu.gmm_in.metric.comp_vecs, ccu.gmm_in.metric.singular_values, x,
+                                           mixtures.mu, mixtures.nu))
+        for i in range(len(x)):
+            own = exact(z[i])
+            true = mpmath.matrix([(V[j, :] * points[i, :].T)[0] / mpmath.sqrt(s[j]) for j in range(D)])
+            assert mpmath.norm(true - own) <= balls.z_error[i].item()
+            for k in range(K):
+                to_mu = own - mu[k, :].T
+                assert abs(mpmath.norm(to_mu) ** 2 - balls.d2_in[i, k].item()) <= balls.eps * balls.size[i].item() ** 2
+                for j in range(K):
+                    g = (own - nu[j, :].T) * mixtures.prec_out[j].item() - to_mu * mixtures.prec_in[k].item()
+                    assert lengths[i, k, j].item() >= mpmath.norm(g)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_sums_of_large_logarithms_are_on_the_safe_side(seed):
+    """At x = mu_k = nu_l = 0 log b is made of the components' constants, of 10^3, and nothing else rounds."""
+    D = 300
+    ccu = make_ccu(seed, D=D, K=3, L=3, low=1e-4, high=1e-3, loglam=0.1)
+    with torch.no_grad():
+        for gmm in (ccu.gmm_in, ccu.gmm_out):
+            gmm.mu.zero_()
+        log_b = Balls(Mixtures(ccu), torch.zeros(1, D, dtype=torch.float64), "paper").log_b(torch.zeros(1))
+    with mpmath.workdps(60):
+        density_in, density_out = (mpmath.fsum(map(mpmath.exp, exact(gmm.alpha) - exact(gmm.logvar) * D / 2))
+                                   for gmm in (ccu.gmm_in, ccu.gmm_out))
+        true = mpmath.log(density_in / density_out) - mpmath.mpf(ccu.loglam.item())
+        assert true <= log_b.item() <= true + 1e-6
 
 
 # The radius

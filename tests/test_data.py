@@ -352,15 +352,18 @@ def test_folder_errors(tmp_path):
         load_ood_folder("mine", tmp_path / "broken", random_set())
 
 
-def test_ood_folder_of_mixed_files(tmp_path):
+def test_ood_folder_of_mixed_files(tmp_path, capsys):
     value = RNG.integers(0, 2**16, (30, 30), dtype=np.uint16)
     Image.fromarray(value).save(tmp_path / "deep.png")
     write_photos(tmp_path / "sub", 2, size=(64, 64))
     Image.fromarray(np.zeros((9, 5, 4), np.uint8)).save(tmp_path / "alpha.png")
     Image.fromarray(np.zeros((9, 5), np.uint8)).convert("1").save(tmp_path / "bits.bmp")
+    for kind in (np.float32, np.int32):     # what is white there no file says
+        Image.fromarray(np.ones((9, 5), kind)).save(tmp_path / f"{np.dtype(kind)}.tiff")
     loaded = load_ood_folder("mine", tmp_path, random_set(3, 1, 30))
     assert loaded.images.shape == (5, 1, 30, 30) and loaded.name == "mine" and loaded.labels is None
     assert np.array_equal(loaded.images[2, 0], value >> 8)   # alpha, bits, deep, sub/...
+    assert "2 of 7 images cannot be read" in capsys.readouterr().err
     (tmp_path / "LSUN_CR").symlink_to(tmp_path / "sub")
     assert load_ood("LSUN_CR", random_set(3, 3, 32), tmp_path).images.shape == (2, 3, 32, 32)
 

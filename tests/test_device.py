@@ -11,8 +11,9 @@ import torch
 from conftest import run_script
 from torch.utils import backend_registration
 
-from models import Softmax, build_classifier
+from models import PCAMetric, Softmax, build_classifier
 from utils import load_model, out_data, save_model
+from utils.attack import attack
 from utils.data import ImageSet
 from utils.evaluation import evaluate
 
@@ -41,7 +42,7 @@ def pretended(tmp_path_factory):
 
 
 def test_training_does_not_wait_for_its_steps(pretended):
-    train_types = ("ACET --steps 2", "CEDA_GMM --fit_out 1", "MCD", "GAN")
+    train_types = ("ACET --steps 2", "CEDA_GMM --fit_out 1", "MCD", "EDL", "GAN")
     waits = pretended(*(f"{TRAIN} --train_type {train_type} --label X --batch_size {size}" for train_type in train_types
                         for size in (800, 400)))
     for train_type, few, many in zip(train_types, waits[::2], waits[1::2], strict=True):
@@ -75,17 +76,32 @@ def test_tables_attack_and_calibration_keep_to_the_device(pretended):
     assert waits[-2] == waits[-1]           # not once a step
 
 
-def test_scores_are_of_full_precision_on_a_gpu():
-    seen = []
+@pytest.fixture
+def precisions(monkeypatch):
+    """The way of convolving that is set at each pass of a Softmax: (TF32 allowed, deterministic)."""
+    seen, log_softmax = [], Softmax.log_softmax
 
-    class Watched(Softmax):
-        def forward(self, x):
-            seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic))
-            return super().forward(x)
+    def watched(self, x):
+        seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic))
+        return log_softmax(self, x)
+    monkeypatch.setattr(Softmax, "log_softmax", watched)
+    yield seen
+    assert torch.backends.cudnn.allow_tf32 and not torch.backends.cudnn.deterministic       # training's again
+
+
+FULL, FAST = (False, True), (True, False)
+
+
+def test_scores_are_of_full_precision_on_a_gpu(precisions):
     images = ImageSet("images", torch.zeros(4, 1, 28, 28, dtype=torch.uint8), None, 0)
-    evaluate(Watched(build_classifier("LeNet", 1, 28, 10)), images, 2)
-    assert seen == [(False, True)] * 2
-    assert torch.backends.cudnn.allow_tf32 and not torch.backends.cudnn.deterministic       # training's
+    evaluate(Softmax(build_classifier("LeNet", 1, 28, 10)), images, 2)
+    assert precisions == [FULL] * 2
+
+
+def test_an_attack_climbs_fast_and_chooses_in_full_precision(precisions):
+    model, seeds = Softmax(build_classifier("LeNet", 1, 8, 10)).eval(), torch.rand(3, 1, 8, 8)
+    attack(model, PCAMetric.euclidean(64), seeds, torch.ones(3), steps=4, restarts=1)
+    assert precisions == [FULL] + 4 * [FAST] + [FULL]       # the seeds, the search, what it found
 
 
 def test_a_model_from_a_gpu_holds_the_metric_once(digits_run, tmp_path, monkeypatch):

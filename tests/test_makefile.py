@@ -1,5 +1,6 @@
 """`make tables` makes what is missing and keeps what is there."""
 
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,20 +12,28 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="no make on
 
 
 @pytest.fixture
-def planned(tmp_path):
+def folder(tmp_path):
+    (tmp_path / "a clone").mkdir()
+    return tmp_path / "a clone"
+
+
+@pytest.fixture
+def planned(folder):
     """What `make tables` would run where the models `there` are, by name: the scripts' names and labels in turn."""
     for name in ("Makefile", "model_paths.py", "requirements.txt"):
-        shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / ".venv").mkdir()
-    (tmp_path / ".venv/.installed").touch()
+        shutil.copy(ROOT / name, folder)
+    (folder / ".venv").mkdir()
+    (folder / ".venv/.installed").touch()
 
     def plan(*options, there=()):
         for label in there:
-            (tmp_path / f"checkpoints/Digits/{label}.pt").parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / f"checkpoints/Digits/{label}.pt").touch()
-        run = subprocess.run(["make", "-n", "tables", *options], cwd=tmp_path, text=True, capture_output=True)
-        steps = [line.split("options(\"")[1].split('"')[0] if "run_training.py" in line else Path(line.split()[1]).stem
-                 for line in run.stdout.splitlines() if ".py" in line]
+            (folder / f"checkpoints/Digits/{label}.pt").parent.mkdir(parents=True, exist_ok=True)
+            (folder / f"checkpoints/Digits/{label}.pt").touch()
+        run = subprocess.run(["make", "-n", "tables", *options], cwd=folder, text=True, capture_output=True)
+        lines = [line for line in run.stdout.splitlines() if ".py" in line]
+        assert all(shlex.split(line)[0] == str(folder / ".venv/bin/python") for line in lines)
+        steps = [line.split("options(\"")[1].split('"')[0] if "run_training.py" in line else
+                 Path(shlex.split(line)[1]).stem for line in lines]
         return steps, run.stderr
     return plan
 
@@ -50,22 +59,32 @@ def test_a_label_that_nothing_makes_is_refused_unless_its_model_is_there(planned
     assert planned("LABELS=CCU Mine", there=["CCU", "Mine"])[0] == ["gen_eval", "gen_attack_stats"]
 
 
-def test_tables_of_other_models_are_made_anew(planned, tmp_path):
+def test_variables_that_are_no_single_word(planned, folder):
+    """A folder's name may have spaces; one data set and at least one label are needed."""
+    command = ["make", "-n", "mixtures", "OUT_DATASET=Folder", "OUT_DIR=my photos", "DATA_DIR=my data"]
+    words = shlex.split(subprocess.run(command, cwd=folder, text=True, capture_output=True).stdout)
+    assert words[words.index("--out_dir") + 1] == "my photos" and words[words.index("--data_dir") + 1] == "my data"
+    for option in ("DATASET=MNIST FMNIST", "LABELS="):
+        steps, error = planned(option)
+        assert steps == [] and f"*** {option.partition('=')[0]}: give" in error
+
+
+def test_tables_of_other_models_are_made_anew(planned, folder):
     """Those that come with the repository lie in results/, newer than the user's models perhaps."""
-    tables = [tmp_path / f"results/table{i}_Digits.csv" for i in (1, 2)]
+    tables = [folder / f"results/table{i}_Digits.csv" for i in (1, 2)]
     tables[0].parent.mkdir()
     for table in tables:
         table.touch()
     assert planned("LABELS=Base CCU", there=["Base", "CCU"])[0] == ["gen_eval", "gen_attack_stats"]
     for i in (1, 2):
-        (tmp_path / f"checkpoints/Digits/.table{i}").write_text("Base CCU\n")       # as make leaves them
+        (folder / f"checkpoints/Digits/.table{i}").write_text("Base CCU\n")       # as make leaves them
     assert planned("LABELS=Base CCU")[0] == []
     assert planned("LABELS=CCU")[0] == ["gen_eval", "gen_attack_stats"]
     tables[0].unlink()
     assert planned("LABELS=Base CCU")[0] == ["gen_attack_stats"]
 
 
-def test_a_check_leaves_the_models_that_are_there(planned, tmp_path):
-    run = subprocess.run(["make", "-n", "check"], cwd=tmp_path, text=True, capture_output=True)
+def test_a_check_leaves_the_models_that_are_there(planned, folder):
+    run = subprocess.run(["make", "-n", "check"], cwd=folder, text=True, capture_output=True)
     demo = [line for line in run.stdout.splitlines() if ".py --dataset" in line and "echo" not in line]
-    assert len(demo) == 7 and all(line.startswith("cd /") and f"cd {tmp_path} " not in line for line in demo)
+    assert len(demo) == 7 and all(line.startswith('cd "/') and f'cd "{folder}"' not in line for line in demo)

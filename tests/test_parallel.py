@@ -6,6 +6,7 @@ This file is also what torchrun starts where a test looks inside the processes: 
 import dataclasses
 import functools
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -109,6 +110,10 @@ def batch_norms_see_the_whole_batch():
                  *zip(own.state_dict().values(), whole.state_dict().values(), strict=True)]:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     assert list(own.state_dict()) == list(whole.state_dict())
+    x = x.detach().bfloat16()       # as --amp 1 gives it: the statistics are of float32 all the same
+    _, (part, wanted) = parallel.shard(5, x, whole(x.float()))
+    torch.testing.assert_close(own(part), wanted.bfloat16())
+    torch.testing.assert_close(own.running_var, whole.running_var)
 
 
 def one_of_two_fails():
@@ -161,7 +166,7 @@ def test_two_processes_end_in_the_weights_of_one(work):
         for key in one:
             way = one[key] - begin.get(key, one[key])      # 0 for what is not trained
             assert (two[key] - one[key]).norm() <= 1e-3 * way.norm(), (name, key)
-        histories = [files.json.loads(Path(f"checkpoints/Digits/{count}_{name}.json").read_text())["history"]
+        histories = [json.loads(Path(f"checkpoints/Digits/{count}_{name}.json").read_text())["history"]
                      for count in ("one", "two")]
         for a, b in zip(*(h if name != "DE" else h[0] for h in histories), strict=True):
             assert {k: v for k, v in a.items() if k != "seconds"} == pytest.approx(

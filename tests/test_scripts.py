@@ -1,9 +1,12 @@
 """The commands: what they write, what they print, and how they refuse."""
 
+import importlib.util
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -17,7 +20,8 @@ from utils.data import load_in_dist, load_ood
 
 REPOSITORY = Path(__file__).parent.parent
 SCRIPTS = ["gen_gmm.py", "run_training.py", "gen_eval.py", "gen_attack_stats.py", "gen_figures.py",
-           "load_pretrained.py"]
+           "gen_results.py", "load_pretrained.py", "benchmarks/run.py", "benchmarks/ablation.py",
+           "benchmarks/attack_strength.py"]
 
 
 def everything(folder):
@@ -28,7 +32,7 @@ def everything(folder):
 def test_help_answers_without_data_or_gpu(script, tmp_path):
     done = subprocess.run([sys.executable, REPOSITORY / script, "--help"], cwd=tmp_path, text=True,
                           capture_output=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
-    assert done.returncode == 0 and f"python {script} --data" in done.stdout and not list(tmp_path.iterdir())
+    assert done.returncode == 0 and f"python {script}" in done.stdout and not list(tmp_path.iterdir())
 
 
 def test_gen_eval_writes_table_2(work, capsys):
@@ -98,6 +102,18 @@ def test_table_1_layouts(work, options, index, columns):
     assert list(table.index) == index and list(table.columns) == columns
 
 
+def test_a_table_is_written_whatever_becomes_of_what_is_printed(work):
+    """Standard output without the dash's letter, and one that a reader has closed."""
+    options = shlex.split("--dataset Digits --models Base --gpu -1 --output")
+    command = [sys.executable, REPOSITORY / "gen_eval.py", *options]
+    done = subprocess.run([*command, "ascii"], text=True, capture_output=True,
+                          env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and "orig" in done.stdout and Path("ascii.csv").exists()
+    run = subprocess.Popen([*command, "closed"], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    run.stdout.close()
+    assert "Traceback" not in run.stderr.read() and run.wait() == 141 and Path("closed.csv").exists()
+
+
 def test_a_killed_attack_goes_on_where_it_was(work, monkeypatch):
     import gen_attack_stats
     command = ("gen_attack_stats.py --datasets Digits --fit_out 1 --steps 3 --restarts 2 --batches 2 --batch_size 4 "
@@ -142,3 +158,27 @@ def test_a_script_counts_numbers_below_1e_38_as_zero_and_leaves_that_to_itself(m
     monkeypatch.setattr(sys, "argv", ["script"])
     cli.run(lambda args: seen.append((torch.tensor(1e-30) * 1e-10).item()), cli.Parser("A script.").common())
     assert seen == [0.0] and (torch.tensor(1e-30) * 1e-10).item() > 0
+
+
+def test_the_ablation_starts_the_scripts_with_its_options(tmp_path, monkeypatch):
+    """In its own folder, so that paths lead out of it; a script that fails ends it."""
+    spec = importlib.util.spec_from_file_location("ablation", REPOSITORY / "benchmarks/ablation.py")
+    ablation = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(ablation)
+    commands = []
+
+    def run(command, cwd):
+        commands.append([Path(command[1]).name, *command[2:]])
+        return SimpleNamespace(returncode=3 * (commands[-1][0] == "gen_eval.py"))
+    monkeypatch.setattr(ablation.subprocess, "run", run)
+    monkeypatch.chdir(tmp_path)
+    args = ablation.parser().parse_args(shlex.split(
+        "--dataset Digits --epochs 2 --amp 1 --out_dataset Folder --out_dir photos --ood A=a B=b/c"))
+    with pytest.raises(SystemExit) as stop:
+        ablation.main(args)
+    *others, evaluation = commands
+    assert stop.value.code == 3 and evaluation[-3:] == ["--ood", "A=../../a", "B=../../b/c"]
+    trainings = [" ".join(command) for command in others if command[0] == "run_training.py"]
+    assert len(trainings) == 1 + len(ablation.VARIANTS)
+    assert all("--epochs 2 --amp 1" in training and "--out_dir ../../photos" in training for training in trainings)
+    assert sum("--PCA 0" in training for training in trainings) == 1

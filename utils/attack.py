@@ -12,6 +12,7 @@ from torch import Tensor
 import params
 from models.detectors import Detector
 from models.metric import PCAMetric
+from utils.evaluation import full_precision
 from utils.state import State
 
 
@@ -245,7 +246,8 @@ def attack(detector: Detector, metric: PCAMetric, seeds: Tensor, radii: Tensor, 
         return detector.attack_score(x)
 
     best, distance = seeds.clone(), torch.zeros_like(radii)
-    best_score = torch.cat([without_nan(detector.attack_score(x)) for x in seeds.split(batch)])
+    with full_precision():      # as in the tables
+        best_score = torch.cat([without_nan(detector.attack_score(x)) for x in seeds.split(batch)])
     finished, search = 0, None      # blocks of points; the search of the next
     if state is not None and (saved := state.load()) is not None:
         finished, base, evaluations = saved["finished"], saved["base"], saved["evaluations"]
@@ -269,7 +271,8 @@ def attack(detector: Detector, metric: PCAMetric, seeds: Tensor, radii: Tensor, 
             point = region.start(region.clamp(metric.inverse(start * region.radius)))
             delta, search = ascend(objective, region, point, steps, alpha / 10 * region.radius, keep, search), None
             x, d = region.checked(delta)
-            score, which = without_nan(detector.attack_score(x.view(-1, *shape))).view(len(block), -1).max(0)
+            with full_precision():
+                score, which = without_nan(detector.attack_score(x.view(-1, *shape))).view(len(block), -1).max(0)
             better = score > best_score[rows]
             row, found = rows[better], (which * len(rows) + torch.arange(len(rows), device=device))[better]
             best[row], best_score[row], distance[row] = x[found].view(-1, *shape), score[better], d[found]

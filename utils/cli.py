@@ -3,6 +3,7 @@
 import argparse
 import ctypes
 import errno
+import os
 import re
 import sys
 import warnings
@@ -206,6 +207,8 @@ def run(main, parser: Parser, several: bool = False) -> None:
     """
     # far from a centroid responsibilities are numbers below 1e-38, on which many processors are ten times slower
     torch.set_flush_denormal(True)
+    for stream in (sys.stdout, sys.stderr):     # a table's dash must not fail where there is no UTF-8
+        stream.reconfigure(errors="replace")
     parallel.start()
     args = parser.parse_args()
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
@@ -217,11 +220,15 @@ def run(main, parser: Parser, several: bool = False) -> None:
                 raise UserError("--download 1: several processes would fetch the same files; run gen_gmm.py or "
                                 "gen_eval.py with it first")
             main(args)
+            sys.stdout.flush()
             parallel.end()
     except UserError as error:
         if args.debug:
             raise
         parser.exit(2, f"{parser.prog}: {' '.join(str(error).splitlines())}\n")
+    except BrokenPipeError:         # `| head` has seen enough; at the exit Python would flush once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        parser.exit(141)
     except KeyboardInterrupt:
         parser.exit(130, f"\n{parser.prog}: interrupted\n")
     except Exception as error:

@@ -53,6 +53,8 @@ def write(path: str | Path, writer: Callable) -> Path:
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
         temporary = None
+    except (torch.AcceleratorError, torch.OutOfMemoryError):
+        raise
     except (OSError, RuntimeError) as error:      # torch.save reports a full disk as a RuntimeError
         raise UserError(f"can't write {path}: {_first_line(error)}") from error
     finally:
@@ -101,7 +103,7 @@ def lock(path: str | Path) -> None:
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
     except OSError as error:
-        raise UserError(f"can't write {path}: {_first_line(error)}") from error
+        raise UserError(f"can't write {path}: {error.strerror}") from error
     _held[name] = descriptor, made
 
 
@@ -245,6 +247,8 @@ def check_state_dict(state) -> None:
 def load_state(model: torch.nn.Module, state: dict, assign: bool = False) -> None:
     """load_state_dict that also insists on shapes, types, finite values and a metric's positive singular values."""
     expected = model.state_dict()
+    if not assign:      # batch norms of old files have no counters, which evaluation never reads
+        state = {key: value for key, value in expected.items() if key.endswith("num_batches_tracked")} | state
     if missing := [key for key in expected if key not in state]:
         raise ValueError(f"missing key {missing[0]}" + f" and {len(missing) - 1} more" * (len(missing) > 1))
     if extra := [key for key in state if key not in expected]:

@@ -19,7 +19,7 @@ from utils.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")     # not EPS, which is a program
-GREY_MODES = ("1", "L", "LA", "I;16")
+GREY_MODES = ("1", "L", "LA", "I;16", "I", "F")
 
 
 def list_images(path: str | Path) -> list[Path]:
@@ -123,6 +123,8 @@ def sample_photo(name: str, channels: int) -> Image.Image:
 
 def _decode(image: Image.Image, channels: int) -> Image.Image:
     """Upright, 8 bits, grey ("L") or colour ("RGB")."""
+    if image.mode in ("I", "F"):
+        raise ValueError("32 bits, whose white is anybody's guess")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):   # Pillow would cut 16 bits off at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

@@ -36,10 +36,8 @@ def import_state_dict(source: str | Path | dict, arch: str, dataset: str, mean: 
 
     spec = params.DATASETS[dataset]
     classifier = build_classifier(arch, spec.channels, spec.size, spec.classes)
-    # batch norms of old files have no counters, which evaluation never reads
-    counters = {key: value for key, value in classifier.state_dict().items() if key.endswith("num_batches_tracked")}
     state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
-    files.load_state(classifier, counters | state)
+    files.load_state(classifier, state)
     if (mean is None) != (std is None):
         raise ValueError("give both mean and std, or neither")
     if mean is not None:

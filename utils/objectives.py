@@ -1,6 +1,7 @@
 """What each method minimises (README: Training, Methods).  All losses are means over images."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,16 @@ def accuracy(log_confidence: Tensor, y: Tensor) -> Tensor:
 
 def mean_confidence(log_confidence: Tensor) -> Tensor:
     return log_confidence.detach().amax(1).exp().mean()
+
+
+def combine(log_p: Tensor, y: Tensor, out_loss: Callable[[Tensor], Tensor], p_in: float, p_out: float
+            ) -> tuple[Tensor, dict[str, Tensor]]:
+    """p_in * cross-entropy(in) + p_out * out_loss(out), and its parts, of the log-confidences of [in; out]."""
+    inside, outside = log_p[:len(y)], log_p[len(y):]
+    loss_in, loss_out = F.nll_loss(inside, y), out_loss(outside)
+    return p_in * loss_in + p_out * loss_out, {
+        "loss_in": loss_in.detach(), "loss_out": loss_out.detach(), "accuracy": accuracy(inside, y),
+        "confidence_in": mean_confidence(inside), "confidence_out": mean_confidence(outside)}
 
 
 class Objective:
@@ -71,14 +82,6 @@ class Objective:
     def load_state_dict(self, state: dict) -> None:
         pass
 
-    def combine(self, log_p: Tensor, y: Tensor, out_loss, p_in: float, p_out: float):
-        """p_in * cross-entropy(in) + p_out * out_loss(out) of one forward pass over [in; out]."""
-        inside, outside = log_p[:len(y)], log_p[len(y):]
-        loss_in, loss_out = F.nll_loss(inside, y), out_loss(outside)
-        return p_in * loss_in + p_out * loss_out, {
-            "loss_in": loss_in.detach(), "loss_out": loss_out.detach(), "accuracy": accuracy(inside, y),
-            "confidence_in": mean_confidence(inside), "confidence_out": mean_confidence(outside)}
-
 
 class Plain(Objective):
     """Base, MCD and each network of DE: cross-entropy; times p_in, so that learning rates compare with the others'."""
@@ -96,7 +99,7 @@ class CEDA(Objective):
     """Cross-entropy, and uniform labels on out-images (Hein et al. 2019)."""
 
     def loss(self, model, x, y, z):
-        return self.combine(model(torch.cat((x, z))), y, uniform_cross_entropy, self.p_in, self.p_out)
+        return combine(model(torch.cat((x, z))), y, uniform_cross_entropy, self.p_in, self.p_out)
 
 
 class OE(Objective):
@@ -106,7 +109,7 @@ class OE(Objective):
     out_batch_ratio = params.OE_OUT_RATIO
 
     def loss(self, model, x, y, z):
-        return self.combine(model(torch.cat((x, z))), y, uniform_cross_entropy, 1.0, params.OE_WEIGHT)
+        return combine(model(torch.cat((x, z))), y, uniform_cross_entropy, 1.0, params.OE_WEIGHT)
 
 
 class ACET(Objective):
@@ -134,7 +137,7 @@ class ACET(Objective):
         model.eval()            # batch statistics would let the noise images of a batch act together
         z = linf_pgd(model.score, centres, params.ACET_EPS, self.steps, starts)
         model.train()
-        return self.combine(model(torch.cat((x, z))), y, lambda log_p: log_p.amax(1).mean(), self.p_in, self.p_out)
+        return combine(model(torch.cat((x, z))), y, lambda log_p: log_p.amax(1).mean(), self.p_in, self.p_out)
 
 
 class CEDA_GMM(Objective):
@@ -143,8 +146,8 @@ class CEDA_GMM(Objective):
     def loss(self, model: CCU, x, y, z):
         images = torch.cat((x, z))
         log_p_in, log_p_out = model.log_densities(images)
-        loss, scalars = self.combine(model.posterior(model.log_softmax(images), log_p_in, log_p_out), y,
-                                     uniform_cross_entropy, self.p_in, self.p_out)
+        loss, scalars = combine(model.posterior(model.log_softmax(images), log_p_in, log_p_out), y,
+                                uniform_cross_entropy, self.p_in, self.p_out)
         log_density = torch.logaddexp(log_p_in + math.log(self.p_in), log_p_out + math.log(self.p_out))
         density_in, density_out = log_density[:len(y)].mean(), log_density[len(y):].mean()
         loss = loss - self.p_in * density_in - self.p_out * density_out
@@ -215,7 +218,7 @@ class GAN(Objective):
         return loss, scalars | {"loss_generator": loss_g.detach(), "loss_discriminator": loss_d.detach()}
 
     def classifier_loss(self, model, x, y, fake):
-        return self.combine(model(torch.cat((x, fake))), y, self.kl_to_uniform, 1.0, params.GAN_BETA)
+        return combine(model(torch.cat((x, fake))), y, self.kl_to_uniform, 1.0, params.GAN_BETA)
 
     @staticmethod
     def kl_to_uniform(log_confidence: Tensor) -> Tensor:

@@ -142,6 +142,7 @@ class BatchNorm2dOnCPU(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
+        dtype, x = x.dtype, x.float()       # with --amp 1 x is bf16, in which sums and counts would be wrong
         count = _Sum.apply(x.new_tensor(x.numel() // x.shape[1]))
         mean = _Sum.apply(x.sum((0, 2, 3))) / count                                 # [C]
         centred = x - mean[:, None, None]
@@ -151,4 +152,4 @@ class BatchNorm2dOnCPU(nn.BatchNorm2d):
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * count / (count - 1), self.momentum)
         scale = self.weight * (var + self.eps).rsqrt()
-        return centred * scale[:, None, None] + self.bias[:, None, None]
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(dtype)

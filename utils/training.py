@@ -58,7 +58,7 @@ def lr_factor(schedule: str, progress: float) -> float:
 def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet | None,
           augmentation: Augmentation | None, settings: Settings, state: State, log_dir: Path, name: str,
           verbose: bool = False) -> list[dict]:
-    """Train `model` in place and return one dict of scalars an epoch.
+    """Train `model` in place and return one dict of scalars an epoch, their means over its images.
 
     Weights, optimiser, generators and position are saved to `state` at intervals; a run that goes on from there ends
     in the same weights as one that was not interrupted (on a GPU up to rounding).  Within an epoch the batches up to
@@ -74,8 +74,8 @@ def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet |
     model.to(memory_format=torch.channels_last)
     optimizer = make_optimizer(model, settings)
     base_lrs = [group["lr"] for group in optimizer.param_groups]
-    generators = {name: torch.Generator(device).manual_seed(settings.seed * 3 + i)
-                  for i, name in enumerate(("in", "out", "noise"))}
+    generators = {which: torch.Generator(device).manual_seed(settings.seed * 3 + i)
+                  for i, which in enumerate(("in", "out", "noise"))}
     objective.constrain(model)
     history: list[dict] = []
     done, totals, seconds = 0, {}, 0.0      # of the epoch: steps, sums of scalars over images
@@ -93,7 +93,7 @@ def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet |
         start = time.monotonic() - seconds
         model.train()
         objective.start_epoch(epoch)
-        at_start = {name: generators[name].get_state() for name in ("in", "out")}
+        at_start = {which: generators[which].get_state() for which in ("in", "out")}
         outs = endless(out, out_batch, generators["out"], augmentation) if out is not None else None
         bar = tqdm(batches(data, settings.batch_size, generators["in"], augmentation), total=steps, leave=False,
                    desc=f"{name} epoch {epoch + 1}/{settings.epochs}", disable=None)
@@ -127,7 +127,8 @@ def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet |
             if main:
                 writer.close()
             kept = f"; the state {state.path} is kept" if state.path.exists() else ""
-            raise UserError(f"the loss is not finite in epoch {epoch + 1}{kept}: try a smaller --lr or --lr_gmm")
+            raise UserError(f"the loss is not finite in epoch {epoch + 1}{kept}: try a smaller --lr, --lr_gmm or "
+                            "--decay")
         means["seconds"] = time.monotonic() - start
         history.append(means)
         for scalar, value in means.items() if main else ():
