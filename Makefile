@@ -65,7 +65,8 @@ $(if $(LABELS),,$(if $(KNOWN),$(error LABELS: give at least one of $(KNOWN))))
 # what was trained elsewhere and imported has its checkpoint already
 $(foreach label,$(filter-out $(KNOWN) $(KNOWN:%=%-seed%),$(LABELS)),$(if $(wildcard $(MODELS)/$(label).pt),,\
   $(error LABELS: unknown label $(label); known: $(KNOWN), with other seeds Base-seed1 and so on)))
-DATA := $(if $(DATA_DIR),--data_dir "$(DATA_DIR)") $(ARGS)
+FOLDER := $(if $(DATA_DIR),--data_dir "$(DATA_DIR)")
+DATA := $(FOLDER) $(ARGS)
 OUT := $(addprefix --out_dataset ,$(OUT_DATASET)) $(if $(OUT_DIR),--out_dir "$(OUT_DIR)")
 # as in the demo, ACET's attacks are shortened where everything has to run on a laptop
 $(MODELS)/ACE%.pt: ACET = $(if $(digits),--steps 10)
@@ -103,7 +104,7 @@ results: $(INSTALLED)
 	$(PY) gen_results.py
 
 figures: $(INSTALLED)
-	$(PY) gen_figures.py --datasets $(DATASET) $(if $(DATA_DIR),--data_dir "$(DATA_DIR)")
+	$(PY) gen_figures.py --datasets $(DATASET) $(FOLDER)
 
 # --- checks ------------------------------------------------------------------------------------------------------
 

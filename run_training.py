@@ -194,7 +194,8 @@ def idle(args) -> list[str]:
     names += ["PCA", "metric", "n", "lr_gmm", "grad_vars"] * (args.train_type != "CEDA_GMM")
     names += ["lr", "decay"] * calibrated
     names += ["loglam"] * (calibrated or args.train_type in ("OE", "EDL", "GAN"))
-    return [f"--{name}" for name in names if getattr(args, name) != parser().get_default(name)]
+    options = parser()
+    return [f"--{name}" for name in names if getattr(args, name) != options.get_default(name)]
 
 
 def load_mixtures(args, out_name):

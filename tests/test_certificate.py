@@ -73,6 +73,10 @@ def make_ccu(seed: int, D=2, K=5, L=5, variances="4x", classes=10, loglam=0.0, s
     return CCU(base, gmm_in, gmm_out, loglam, classes)
 
 
+def in_mpmath(tensor) -> mpmath.matrix:
+    return mpmath.matrix(tensor.detach().double().tolist())
+
+
 def in_float64(ccu: CCU) -> CCU:
     return copy.deepcopy(ccu).double()
 
@@ -364,8 +368,8 @@ def test_rounding_is_on_the_safe_side(seed):
     R = certified_radius(ccu, x)
     bounds = confidence_bound(ccu, x, R)
     with mpmath.workdps(60):
-        V, s, mu, nu, points = (mpmath.matrix(t.detach().double().tolist()) for t in (
-            ccu.gmm_in.metric.comp_vecs, ccu.gmm_in.metric.singular_values, ccu.gmm_in.mu, ccu.gmm_out.mu, x))
+        V, s, mu, nu, points = map(in_mpmath, (ccu.gmm_in.metric.comp_vecs, ccu.gmm_in.metric.singular_values,
+                                               ccu.gmm_in.mu, ccu.gmm_out.mu, x))
         prec_in, prec_out = (mpmath.exp(-mpmath.mpf(gmm.logvar.item())) for gmm in (ccu.gmm_in, ccu.gmm_out))
         log_c = [gmm.alpha.item() - mpmath.mpf(gmm.logvar.item()) * D / 2 for gmm in (ccu.gmm_in, ccu.gmm_out)]
         assert (R > 0).any()
@@ -392,8 +396,7 @@ def test_rounding_beside_a_centroid_of_the_out_mixture_is_on_the_safe_side():
         nu[1] = nu[0] + 100 * torch.randn(D, generator=generator)           # far off: centring cancels nothing
         x = nu[:1].double() + shares * (mu - nu[:1]).double()
         with mpmath.workdps(50):
-            V, s, points, centres = (mpmath.matrix(t.double().tolist()) for t in (
-                metric.comp_vecs, metric.singular_values, x, torch.cat((mu, nu))))
+            V, s, points, centres = map(in_mpmath, (metric.comp_vecs, metric.singular_values, x, torch.cat((mu, nu))))
             logvars = [mpmath.mpf(torch.tensor(math.log(var)).item()) for var in (var_in, var_out, var_out)]
             log_alphas = [mpmath.mpf(a) for a in (0.0, *torch.full((2,), -math.log(2)).tolist())]
 
@@ -420,10 +423,6 @@ def test_rounding_beside_a_centroid_of_the_out_mixture_is_on_the_safe_side():
     assert checked == 96
 
 
-def exact(tensor) -> mpmath.matrix:
-    return mpmath.matrix(tensor.detach().double().tolist())
-
-
 @pytest.mark.parametrize("seed", range(4))
 def test_each_rounding_error_is_within_its_allowance(seed):
     """Coordinates, squared distances and the lengths of (3), in 60 digits from the numbers they are computed of."""
@@ -437,10 +436,10 @@ def test_each_rounding_error_is_within_its_allowance(seed):
         balls = Balls(mixtures, x.double(), "tight")
         z, lengths = mixtures.metric.transform(x.double()), balls.quadratics[0][1]
     with mpmath.workdps(60):
-        V, s, points, mu, nu = map(exact, (ccu.gmm_in.metric.comp_vecs, ccu.gmm_in.metric.singular_values, x,
-                                           mixtures.mu, mixtures.nu))
+        V, s, points, mu, nu = map(in_mpmath, (ccu.gmm_in.metric.comp_vecs, ccu.gmm_in.metric.singular_values, x,
+                                               mixtures.mu, mixtures.nu))
         for i in range(len(x)):
-            own = exact(z[i])
+            own = in_mpmath(z[i])
             true = mpmath.matrix([(V[j, :] * points[i, :].T)[0] / mpmath.sqrt(s[j]) for j in range(D)])
             assert mpmath.norm(true - own) <= balls.z_error[i].item()
             for k in range(K):
@@ -461,7 +460,7 @@ def test_sums_of_large_logarithms_are_on_the_safe_side(seed):
             gmm.mu.zero_()
         log_b = Balls(Mixtures(ccu), torch.zeros(1, D, dtype=torch.float64), "paper").log_b(torch.zeros(1))
     with mpmath.workdps(60):
-        density_in, density_out = (mpmath.fsum(map(mpmath.exp, exact(gmm.alpha) - exact(gmm.logvar) * D / 2))
+        density_in, density_out = (mpmath.fsum(map(mpmath.exp, in_mpmath(gmm.alpha) - in_mpmath(gmm.logvar) * D / 2))
                                    for gmm in (ccu.gmm_in, ccu.gmm_out))
         true = mpmath.log(density_in / density_out) - mpmath.mpf(ccu.loglam.item())
         assert true <= log_b.item() <= true + 1e-6
