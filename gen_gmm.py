@@ -32,11 +32,12 @@ def main(args):
     files.check_writable(*paths.values())
     data = load_in_dist(args.dataset, "train", args.data_dir, args.download, args.image_size)
     defaults = params.DATASETS[args.dataset]
-    if args.data_used is not None:
-        if args.data_used > len(data):
-            raise UserError(f"--data_used {args.data_used}: {args.dataset} has {len(data)} training images")
+    used = args.data_used or min(len(data), defaults.fit_images or len(data))
+    if used > len(data):
+        raise UserError(f"--data_used {used}: {args.dataset} has {len(data)} training images")
+    if used < len(data):
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(args.seed))
-        data = data.subset(order[:args.data_used])
+        data = data.subset(order[:used])
     check_enough(args.n, data)
     out = load_out(out_name, data, args.data_dir, args.out_dir, n=params.OUT_FIT_IMAGES, seed=args.seed,
                    download=args.download)
@@ -139,7 +140,8 @@ def parser() -> cli.Parser:
     p.add_argument("--augm_flag", type=cli.flag, default=False, help="1 = fit on augmented images (0)")
     p.add_argument("--n", type=cli.integer(1), nargs="+", default=[params.CENTROIDS], help="centroids per mixture; "
                    f"several values write several files ({params.CENTROIDS})")
-    p.add_argument("--data_used", type=cli.integer(2), help="fit on so many in-images (all)")
+    p.add_argument("--data_used", type=cli.integer(2), help="fit on so many in-images (all; of SVHN "
+                   f"{params.DATASETS['SVHN'].fit_images})")
     p.add_argument("--reg_covar", type=cli.number(0, 1e6), default=params.REG_COVAR,
                    help=f"added to the fitted variances ({params.REG_COVAR})")
     p.add_argument("--resume", type=cli.flag, default=False, help="1 = go on with an interrupted run, keep the files "

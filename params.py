@@ -22,6 +22,7 @@ class Dataset:
     pad_mode: str              # "constant", "edge" or "reflect"                                [code]
     flip: bool                 # random horizontal flip                                         [code]
     ood: tuple[str, ...]       # the OOD test sets of Table 2, in the table's order             [paper]
+    fit_images: int | None = None       # training images that the mixture is fitted on; None = all [code]
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ DATASETS = {
                      ood=("FMNIST", "EMNIST", "GrayCIFAR10", "Noise", "Uniform")),
     "FMNIST": Dataset(**_GREY, **_RESNET,
                       ood=("MNIST", "EMNIST", "GrayCIFAR10", "Noise", "Uniform")),
-    "SVHN": Dataset(classes=10, crop=4, pad_mode="edge", flip=False, **_COLOUR, **_RESNET,
+    "SVHN": Dataset(classes=10, crop=4, pad_mode="edge", flip=False, fit_images=50_000, **_COLOUR, **_RESNET,
                     ood=("CIFAR10", "CIFAR100", "LSUN_CR", "Imagenet-", "Noise", "Uniform")),
     "CIFAR10": Dataset(classes=10, **_CIFAR,
                        ood=("SVHN", "CIFAR100", "LSUN_CR", "Imagenet-", "Noise", "Uniform")),

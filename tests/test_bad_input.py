@@ -305,7 +305,7 @@ TABLE = [
     (CCU_TRAIN, [GMM_PT, "not finite"], changed(GMM_PT, "out", logvar=lambda v: v / 0)),
     (CCU_TRAIN, [GMM_PT, "positive"], changed(GMM_PT, "metric", singular_values=lambda s: -s)),
     (CCU_TRAIN, [GMM_PT], changed(GMM_PT, metric=None)),
-    (CCU_TRAIN, [GMM_PT, "refused"], changed(GMM_PT, "meta", dataset=Evil())),
+    (CCU_TRAIN, [GMM_PT, "refused", "gen_gmm.py"], changed(GMM_PT, "meta", dataset=Evil())),
 
     # IDX files
     ("gen_gmm.py --dataset MNIST", ["train-images", "empty"], mnist(images=b"")),

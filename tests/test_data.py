@@ -238,6 +238,13 @@ def test_missing_data_says_how(tmp_path, name, words):
     assert all(word in str(error.value) for word in [*words, str(tmp_path)])
 
 
+def test_a_folder_without_images_is_missing_data(tmp_path):
+    (tmp_path / "LSUN_CR").mkdir()
+    (tmp_path / "LSUN_CR" / "data.mdb").touch()
+    with pytest.raises(MissingData, match="no images in .*LSUN_CR"):
+        load_ood("LSUN_CR", random_set(), tmp_path)
+
+
 def test_failed_download_is_one_line(tmp_path, monkeypatch):
     class Offline:
         def __init__(self, *args, **kwargs):

@@ -1,6 +1,7 @@
 """--resume 1 keeps what the same options made, and nothing else; tables speak of the models that are there."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from conftest import run_script
 import gen_attack_stats
 import gen_gmm
 import model_paths
+import params
 import run_training
 from utils import files, load_model, save_model, tables
 from utils.attack import AttackResult
@@ -82,6 +84,18 @@ def test_mixtures_of_other_options_are_fitted_again(tmp_path, monkeypatch):
         assert fitted(changes) == 2 and fitted(changes) == 0, changes
     gmms = files.load_mixtures(next(Path("checkpoints/Digits/gmm").glob("*.pt")), "")[:2]
     assert all((gmm.logvar.exp() >= 0.5).all() for gmm in gmms)
+
+
+def test_mixtures_are_fitted_on_as_many_images_as_the_paper_says(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    few = replace(params.DATASETS["Digits"], fit_images=300)
+    monkeypatch.setitem(params.DATASETS, "Digits", few)
+    monkeypatch.setattr(gen_gmm, "load_out", lambda *args, **options: load_out(*args, **options | {"n": 60}))
+    for options, used in (("", 300), ("--data_used 400", 400), ("--data_used 1437", 1437)):
+        run_script(f"gen_gmm.py --dataset Digits --PCA 0 --n 2 {options}")
+        assert f"per image of {used})" in capsys.readouterr().out
+    wanted = {name: of.fit_images for name, of in params.DATASETS.items() if of.fit_images}
+    assert wanted == {"Digits": 300, "SVHN": 50_000}       # SVHN has 73,257; the others as many as are fitted on
 
 
 def test_a_finished_model_is_trained_again_for_other_options_alone(work, monkeypatch, capsys):

@@ -166,7 +166,7 @@ def load(path: str | Path, format: str | None = None, mend: str = "make it anew"
         _check_tensors(value)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} is refused: it is damaged or holds more than tensors and plain values, so that "
-                        f"loading it could run code ({_first_line(error)[:80]})") from error
+                        f"loading it could run code; {mend}") from error
     except Exception as error:      # a damaged zip raises whatever the reader meets first
         raise UserError(f"{path} is damaged or no checkpoint ({_first_line(error)[:80]}); {mend}") from error
     if format is not None and (not isinstance(value, dict) or value.get("format") != format):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from utils.errors import UserError
+from utils.errors import MissingData, UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")     # not EPS, which is a program
@@ -23,7 +23,7 @@ GREY_MODES = ("1", "L", "LA", "I;16", "I", "F")
 
 
 def list_images(path: str | Path) -> list[Path]:
-    """All image files below a folder, sorted; UserError if there are none."""
+    """All image files below a folder, sorted; MissingData if there are none."""
     files, seen = [], set()
     for folder, folders, names in os.walk(path, followlinks=True):
         if (real := os.path.realpath(folder)) in seen:      # a link back to a folder above it
@@ -34,7 +34,7 @@ def list_images(path: str | Path) -> list[Path]:
                   if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
     files.sort()
     if not files:
-        raise UserError(f"no images in {path}: it must be a folder of {' '.join(EXTENSIONS)} files")
+        raise MissingData(f"no images in {path}: it must be a folder of {' '.join(EXTENSIONS)} files")
     return files
 
 
