@@ -74,19 +74,21 @@ $(MODELS)/ACE%.pt: ACET = $(if $(digits),--steps 10)
 position = $(shell printf '%s\n' $(LABELS) | grep -nx '$(1)' | cut -d: -f1)
 gpu = $(if $(GPUS),--gpu $(word $(shell echo $$(( $(or $(call position,$(1)),0) % $(words $(GPUS)) + 1 ))),$(GPUS)))
 
-# the tables that come with the repository are not of these models: .table1 and .table2 hold the labels of those that are
+# .table1 and .table2 hold what the tables that make made are of; others, as those of the repository, are newer than these
 tables: $(MODELS)/.table2 $(MODELS)/.table1
-stale = $(shell test -f $(1).csv && test "$$(cat $(2) 2> /dev/null)" = "$(strip $(LABELS))" || echo FORCE)
+stale = $(shell test -f $(1).csv && test ! $(1).csv -nt $(2) && test "$$(cat $(2) 2> /dev/null)" = "$(3)" || echo FORCE)
 TABLE1 := results/table1_$(DATASET)
 TABLE2 := results/table2_$(DATASET)
+OF1 := $(strip $(LABELS)), $(STEPS) steps, $(RESTARTS) restarts
+OF2 := $(strip $(LABELS))
 
-$(MODELS)/.table2: $(LABELS:%=$(MODELS)/%.pt) $(call stale,$(TABLE2),$(MODELS)/.table2) | $(INSTALLED)
+$(MODELS)/.table2: $(LABELS:%=$(MODELS)/%.pt) $(call stale,$(TABLE2),$(MODELS)/.table2,$(OF2)) | $(INSTALLED)
 	$(PY) gen_eval.py --dataset $(DATASET) --drop_mmc 0 $(DATA) $(call gpu,Base) --models $(LABELS) --output $(TABLE2)
-	@echo '$(strip $(LABELS))' > $@
+	@echo '$(OF2)' > $@
 
-$(MODELS)/.table1: $(sort $(LABELS:%=$(MODELS)/%.pt) $(MODELS)/CCU.pt) $(call stale,$(TABLE1),$(MODELS)/.table1) | $(INSTALLED)
+$(MODELS)/.table1: $(sort $(LABELS:%=$(MODELS)/%.pt) $(MODELS)/CCU.pt) $(call stale,$(TABLE1),$(MODELS)/.table1,$(OF1)) | $(INSTALLED)
 	$(PY) gen_attack_stats.py --datasets $(DATASET) --wide_format 1 --fit_out 1 $(DATA) $(call gpu,CCU) --models $(LABELS) --steps $(STEPS) --restarts $(RESTARTS) --resume 1 --output $(TABLE1)
-	@echo '$(strip $(LABELS))' > $@
+	@echo '$(OF1)' > $@
 
 $(MODELS)/%.pt: | $(INSTALLED)
 	$(PY) run_training.py --dataset $(DATASET) $$($(PY) -c 'import model_paths; print(model_paths.options("$*"))') --augm_flag 1 $(addprefix --epochs ,$(EPOCHS)) $(DATA) $(OUT) $(call gpu,$*) --resume 1 $(ACET) $(TRAIN_ARGS)

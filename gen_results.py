@@ -174,8 +174,9 @@ def how(name: str, runs: dict) -> str:
     timed = {label: run for label, run in runs.items() if "seconds" in run}
     machines = {f"{run.get('gpu') or run.get('processor') or 'CPU'}, {run['threads']} "
                 f"thread{'s' * (run['threads'] > 1)}" for run in timed.values()}
-    lines.append(f"Minutes of training ({'; '.join(sorted(machines))}): "
-                 + ", ".join(f"{label} {run['seconds'] / 60:.1f}" for label, run in timed.items()) + ".")
+    if timed:
+        lines.append(f"Minutes of training ({'; '.join(sorted(machines))}): "
+                     + ", ".join(f"{label} {run['seconds'] / 60:.1f}" for label, run in timed.items()) + ".")
     stems = [model_paths.table(number, name) for number in (1, 2)]
     notes = [note for stem in stems if Path(f"{stem}.txt").exists() for note in tables.notes(stem)]
     balls = f"{dataset_of(name)}: "

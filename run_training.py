@@ -12,6 +12,7 @@ GPUs").
 MNIST takes, an epoch on two cores, about 25 s for plain and 46 s for CCU.  TensorBoard scalars go to logs/.
 """
 
+import shlex
 import sys
 import time
 from dataclasses import replace
@@ -145,8 +146,9 @@ def train_network(args, seed, name, state_path, data, out, base, mixtures) -> tu
 
 def decisive(args, out_name) -> dict:
     """The options that decide a result; auto may mean another out-distribution by now."""
-    idle = ["gpu", "resume", "debug", "verbose", "download", "label", *["data_dir"] * (args.dataset != "Folder")]
-    return {key: value for key, value in vars(args).items() if key not in idle} | {"out_dataset": out_name}
+    indifferent = ["gpu", "resume", "debug", "verbose", "download", "label",
+                   *["data_dir"] * (args.dataset != "Folder")]
+    return {key: value for key, value in vars(args).items() if key not in indifferent} | {"out_dataset": out_name}
 
 
 def is_there(path, args, out_name, mixtures) -> bool:
@@ -192,7 +194,7 @@ def idle(args) -> list[str]:
     calibrated = args.train_type in params.CALIBRATED
     names = ["steps"] * (args.train_type != "ACET")
     names += ["PCA", "metric", "n", "lr_gmm", "grad_vars"] * (args.train_type != "CEDA_GMM")
-    names += ["lr", "decay"] * calibrated
+    names += ["lr", "decay", "arch"] * calibrated
     names += ["loglam"] * (calibrated or args.train_type in ("OE", "EDL", "GAN"))
     options = parser()
     return [f"--{name}" for name in names if getattr(args, name) != options.get_default(name)]
@@ -203,9 +205,9 @@ def load_mixtures(args, out_name):
     name = cli.metric_name(args)
     path = args.gmm_path or model_paths.mixtures(args.dataset, name, args.n, out_name)
     gmm_in, gmm_out, meta = files.load_mixtures(path, (
-        f"fit the mixtures: python gen_gmm.py --dataset {args.dataset} --data_dir {args.data_dir} --PCA "
+        f"fit the mixtures: python gen_gmm.py --dataset {args.dataset} --data_dir {shlex.quote(args.data_dir)} --PCA "
         f"{int(args.PCA)} --metric {args.metric} --n {args.n} --augm_flag {int(args.augm_flag)} "
-        f"--out_dataset {out_name}" + f" --out_dir {args.out_dir}" * (args.out_dir is not None)
+        f"--out_dataset {out_name}" + (f" --out_dir {shlex.quote(args.out_dir)}" if args.out_dir else "")
         + f" --image_size {args.image_size}" * (args.dataset == "Folder")))
     wanted_meta = {"dataset": args.dataset, "metric": name, "n": args.n, "out_dataset": out_name}
     if out_name == "Folder" and "out_dir" in meta:

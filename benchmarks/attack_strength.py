@@ -15,10 +15,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from models import certified_radius
+import model_paths
+from models import CCU, certified_radius
 from utils import cli
 from utils.attack import Region, ascend, score_and_gradient
 from utils.data import load_in_dist
+from utils.errors import UserError
 from utils.registry import load_models
 
 CHECKPOINTS = (10, 25, 50, 100)
@@ -57,6 +59,9 @@ def main(args):
     test = load_in_dist(args.dataset, "test", args.data_dir, args.download, args.image_size)
     models = load_models(args.dataset, args.models, device)
     ccu = load_models(args.dataset, ["CCU"], device)["CCU"]
+    if not isinstance(ccu, CCU):
+        raise UserError(f"{model_paths.model(args.dataset, 'CCU')} is no CCU model and certifies nothing; make one: "
+                        f"{model_paths.command(args.dataset, 'CCU')}")
     seeds = torch.rand(args.n, *test.images.shape[1:], generator=torch.Generator().manual_seed(args.seed)).to(device)
     radii = certified_radius(ccu, seeds, method="paper")
     steps = max(CHECKPOINTS)
@@ -66,7 +71,7 @@ def main(args):
             ours = Recorder(model.attack_score)
             ascend(ours, region, region.start(torch.zeros_like(region.seeds)), steps, 0.3 * region.radius)
             plains = []
-            for eta in STEP_SIZES[hasattr(model, "gmm_in")]:
+            for eta in STEP_SIZES[isinstance(model, CCU)]:
                 plains.append(Recorder(model.attack_score))
                 plain(plains[-1], region, steps, eta)
             best = [max(p.history[n - 1] for p in plains) for n in CHECKPOINTS]

@@ -31,6 +31,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from scipy.optimize import brentq
@@ -72,11 +73,9 @@ class Report:
         print(json.dumps(figure | self.machine), flush=True)
 
     def table(self) -> str:
-        rows = [("figure", "value", "unit", "baseline", "ratio", "target", "met")]
-        rows += [(figure["name"], *benchmark_cells(figure)) for figure in self.figures]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-                         for row in rows)
+        columns = ["value", "unit", "baseline", "ratio", "target", "met"]
+        rows = {figure["name"]: benchmark_cells(figure) for figure in self.figures}
+        return pd.DataFrame.from_dict(rows, "index", columns=columns).to_string()
 
 
 def interleaved(functions: dict, repeats: int, device: torch.device) -> dict[str, float]:
@@ -388,10 +387,8 @@ def brentq_radius(ccu: CCU, x: np.ndarray, ratio: float = 1.1) -> float:
     """The paper's radius; every evaluation of the bound measures the distances, as the published code does."""
     V = ccu.gmm_in.metric.comp_vecs.double().cpu().numpy()
     root = ccu.gmm_in.metric.singular_values.double().cpu().sqrt().numpy()
-    mu, variance, log_norm = ([getattr(gmm, key)().double().detach().cpu().numpy() if key == "log_norm" else
-                               getattr(gmm, key).double().detach().cpu().numpy() for gmm in (ccu.gmm_in, ccu.gmm_out)]
-                              for key in ("mu", "logvar", "log_norm"))
-    variance = [np.exp(v) for v in variance]
+    mu, variance, log_norm = zip(*([value.detach().double().cpu().numpy() for value in (
+        gmm.mu, gmm.logvar.exp(), gmm.log_norm())] for gmm in (ccu.gmm_in, ccu.gmm_out)), strict=True)
 
     def log_excess(R):
         d_in, d_out = (np.linalg.norm((x - m) @ V.T / root, axis=1) for m in mu)
@@ -509,7 +506,7 @@ def processes(report: Report, device: torch.device, quick: bool) -> None:
     if device.type == "cuda" and torch.cuda.device_count() < 2:
         print("processes: two GPUs are needed", file=sys.stderr)
         return
-    root, on = Path(__file__).parent.parent, "cpu" if device.type == "cpu" else "gpu"
+    root, on = records.ROOT, "cpu" if device.type == "cpu" else "gpu"
     common = ["--dataset", "Digits", "--n", "10", *["--gpu", "-1"] * (on == "cpu")]
     with tempfile.TemporaryDirectory() as scratch:
         def script(command):
@@ -532,7 +529,7 @@ SECTIONS = ("gmm_fits", "steps", "compiled", "loader", "attacks", "certificates"
 def main(args):
     device = cli.device(-1 if args.gpu is None else args.gpu)
     machine = describe(device)
-    path = args.output or Path(__file__).parent.parent / "results" / f"benchmark_{slug(machine)}.json"
+    path = args.output or records.ROOT / "results" / f"benchmark_{slug(machine)}.json"
     files.check_writable(path)
     report, record = Report(machine), records.of(args)
     record = {key: record[key] for key in ("command", "options", "commit", "time")}

@@ -420,14 +420,6 @@ def test_noise_is_permuted_blurred_and_sharpened(channels, size):
     assert not torch.equal(fast, noise.noise_images(images, seed=4))
 
 
-def test_blur_matrix_at_the_edge_of_its_kernel():
-    sigma = torch.tensor([1.0, 1.12, 1.13, 2.0, 2.374, 2.376, 2.5])
-    impulse = np.eye(16)
-    for matrix, s in zip(noise.blur_matrix(sigma, 16), sigma, strict=True):
-        slow = np.stack([gaussian_filter(column, float(s)) for column in impulse], 1)
-        assert np.allclose(matrix.numpy(), slow, atol=1e-6)
-
-
 def test_noise_sets():
     like = random_set(50, 3, 32)
     for name in ("Noise", "Uniform", "Patches"):

@@ -1,8 +1,10 @@
 """`make tables` makes what is missing and keeps what is there."""
 
+import os
 import shlex
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -76,10 +78,15 @@ def test_tables_of_other_models_are_made_anew(planned, folder):
     for table in tables:
         table.touch()
     assert planned("LABELS=Base CCU", there=["Base", "CCU"])[0] == ["gen_eval", "gen_attack_stats"]
-    for i in (1, 2):
-        (folder / f"checkpoints/Digits/.table{i}").write_text("Base CCU\n")       # as make leaves them
+    for i, more in ((1, ", 100 steps, 5 restarts"), (2, "")):
+        (folder / f"checkpoints/Digits/.table{i}").write_text(f"Base CCU{more}\n")       # as make leaves them
     assert planned("LABELS=Base CCU")[0] == []
     assert planned("LABELS=CCU")[0] == ["gen_eval", "gen_attack_stats"]
+    assert planned("LABELS=Base CCU", "STEPS=7")[0] == ["gen_attack_stats"]
+    now = time.time_ns()
+    os.utime(tables[1], ns=(now + 10 ** 9, now + 10 ** 9))      # as another command leaves it
+    assert planned("LABELS=Base CCU")[0] == ["gen_eval"]
+    os.utime(tables[1], ns=(now - 10 ** 9, now - 10 ** 9))
     tables[0].unlink()
     assert planned("LABELS=Base CCU")[0] == ["gen_attack_stats"]
 

@@ -587,17 +587,3 @@ def test_the_members_of_an_ensemble_differ(tiny):
     first, second = checkpoint("DE").base_model
     assert not torch.equal(first.conv1.weight, second.conv1.weight)
     assert not list(tiny.rglob("*.state"))
-
-
-@pytest.mark.parametrize("options, words", [
-    ("--train_type ODIN", "run_training.py --dataset Digits --train_type plain"),
-    ("--train_type Maha", "run_training.py --dataset Digits --train_type plain"),
-    ("--train_type plain --members 3", "--members goes with --train_type DE"),
-    ("--train_type DE --warmstart 1", "--warmstart 1"),
-    ("--train_type MCDD", "did you mean MCD"),
-])
-def test_what_makes_no_sense_is_refused(options, words, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        train(options)
-    assert stop.value.code == 2 and words in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())

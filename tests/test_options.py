@@ -1,6 +1,7 @@
 """Every option of training reaches what it names: the model, its objective, its optimiser, its batches."""
 
 import math
+import shlex
 from types import SimpleNamespace
 
 import pytest
@@ -119,7 +120,7 @@ def test_epochs_batch_size_and_seed_reach_the_loop(trained):
 def test_lr_gmm_and_grad_vars_reach_the_mixtures(options, lr, names, trained):
     run, = trained(f"CEDA_GMM --fit_out 1 {options}")
     groups = training.make_optimizer(run.model, run.settings).param_groups[1:]
-    assert [group["lr"] for group in groups] == [lr] * (lr is not None)
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(lr, 0)] * (lr is not None)
     wanted = [getattr(gmm, name) for gmm in (run.model.gmm_in, run.model.gmm_out) for name in names]
     assert {id(p) for group in groups for p in group["params"]} == {id(p) for p in wanted}
 
@@ -138,6 +139,11 @@ def test_options_that_a_method_has_no_use_for_are_named(options, unused, trained
     assert len(warnings) == bool(unused)
     if unused:
         assert set(warnings[0].rpartition(" for ")[2].split(", ")) == set(unused.split(", "))
+
+
+def test_calibration_has_no_use_for_a_networks_options():
+    args = run_training.parser().parse_args(shlex.split("--dataset Digits --train_type ODIN --arch LeNet --decay 0"))
+    assert run_training.idle(args) == ["--decay", "--arch"]
 
 
 def test_the_members_of_de_are_base_models_of_seeds_in_a_row(trained):

@@ -10,10 +10,7 @@ import torch
 from conftest import run_script
 
 import run_training
-import utils.training as training
-from models import CCU
 from utils import load_model
-from utils.objectives import CEDA_GMM, OE
 from utils.out_data import load_out
 from utils.state import State
 
@@ -89,33 +86,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys):
         run_script("run_training.py --dataset Digits --train_type plain --epochs 4 --lr 1e30")
     assert stop.value.code == 2 and "not finite" in capsys.readouterr().err
     assert not (tmp_path / "checkpoints" / "Digits" / "Base.pt").exists()
-
-
-def test_learning_rates_fall_after_50_75_and_90_percent():
-    factors = [training.lr_factor("steps", progress) for progress in (0, 0.49, 0.5, 0.74, 0.75, 0.89, 0.9, 0.99)]
-    assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
-    assert training.lr_factor(OE.schedule, 0) == 1
-    assert training.lr_factor(OE.schedule, 0.5) == pytest.approx(0.5)
-    assert training.lr_factor(OE.schedule, 1 - 1e-9) == pytest.approx(0, abs=1e-6)
-
-
-def test_every_out_variance_stays_four_times_above_every_in_variance(digits_run):
-    model = load_model(digits_run / "checkpoints/Digits/CCU.pt")
-    assert isinstance(model, CCU)
-    with torch.no_grad():
-        model.gmm_in.logvar[3] = 2.0
-        CEDA_GMM().constrain(model)
-    assert model.gmm_out.logvar.exp().min() >= 4 * model.gmm_in.logvar.exp().max() * (1 - 1e-6)
-
-
-def test_mixtures_learn_at_their_own_rate_without_decay(digits_run):
-    model = load_model(digits_run / "checkpoints/Digits/CCU.pt")
-    settings = training.Settings("sgd", 0.1, 1e-5, 5e-4, ("var",), 1, 128, 0)
-    classifier, mixtures = training.make_optimizer(model, settings).param_groups
-    assert (classifier["lr"], classifier["weight_decay"]) == (0.1, 5e-4)
-    assert (mixtures["lr"], mixtures["weight_decay"]) == (1e-5, 0)
-    assert {id(p) for p in mixtures["params"]} == {id(model.gmm_in.logvar), id(model.gmm_out.logvar)}
-    assert not model.gmm_in.mu.requires_grad
 
 
 def test_a_run_leaves_its_record(digits_run):

