@@ -35,7 +35,7 @@ from utils.backups import ATTACK, meta_of
 from utils.data import KNOWN_OOD, load_in_dist, load_ood
 from utils.errors import UserError
 from utils.out_data import load_out, resolve
-from utils.registry import check_fit, load_models, name_untrained
+from utils.registry import check_fit, load_ccu, load_models, name_untrained
 from utils.state import State
 
 BALLS = {True: "CCU", False: "CCUs"}        # --fit_out: whose certificate gives the radii
@@ -122,10 +122,7 @@ def prepare(dataset: str, args, device):
     if ball not in (trained := model_paths.trained(dataset)) and "CCU" in trained:
         raise UserError(f"there is no {dataset} model {ball}, whose balls are attacked without --fit_out 1: give it to "
                         f"attack in those of CCU, or make {ball}: {model_paths.command(dataset, ball)}")
-    ccu = load_models(dataset, [ball], device)[ball]
-    if not isinstance(ccu, CCU):
-        raise UserError(f"{model_paths.model(dataset, ball)} is no CCU model and certifies nothing; make one: "
-                        f"{model_paths.command(dataset, ball)}")
+    ccu = load_ccu(dataset, ball, device)
     metric, models = ccu.gmm_in.metric, load_models(dataset, args.models, device)
     test = load_in_dist(dataset, "test", args.data_dir, args.download, args.image_size)
     check_fit(models | {ball: ccu}, test)

@@ -15,13 +15,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-import model_paths
 from models import CCU, certified_radius
 from utils import cli
 from utils.attack import Region, ascend, score_and_gradient
 from utils.data import load_in_dist
-from utils.errors import UserError
-from utils.registry import load_models
+from utils.registry import load_ccu, load_models
 
 CHECKPOINTS = (10, 25, 50, 100)
 FRACTIONS = (1.0, 0.02, 0.003)
@@ -58,10 +56,7 @@ def main(args):
     cli.keep_freed_memory()
     test = load_in_dist(args.dataset, "test", args.data_dir, args.download, args.image_size)
     models = load_models(args.dataset, args.models, device)
-    ccu = load_models(args.dataset, ["CCU"], device)["CCU"]
-    if not isinstance(ccu, CCU):
-        raise UserError(f"{model_paths.model(args.dataset, 'CCU')} is no CCU model and certifies nothing; make one: "
-                        f"{model_paths.command(args.dataset, 'CCU')}")
+    ccu = load_ccu(args.dataset, "CCU", device)
     seeds = torch.rand(args.n, *test.images.shape[1:], generator=torch.Generator().manual_seed(args.seed)).to(device)
     radii = certified_radius(ccu, seeds, method="paper")
     steps = max(CHECKPOINTS)

@@ -39,7 +39,7 @@ def combine(log_p: Tensor, y: Tensor, out_loss: Callable[[Tensor], Tensor], p_in
 
 class Objective:
     """Called once a step with a batch x, y of the in-distribution and out-images z; returns the loss and
-    scalars to log, as tensors on the device.
+    scalars to log, the loss first, as tensors on the device.
 
     Of several processes (utils/parallel.py) each is called with the whole batch and takes its part; what they return
     adds up to the batch's.
@@ -58,7 +58,9 @@ class Objective:
         draws = self.draw(x, z, generator)
         self.weight, (x, y, z, *draws) = parallel.shard(len(x), x, y, z, *draws)
         loss, scalars = self.loss(model, x, y, z, *draws)
-        return self.weight * loss, {name: self.weight * value for name, value in scalars.items()}
+        scalars = {"loss": loss.detach()} | scalars
+        values = self.weight * torch.stack(list(scalars.values()))
+        return self.weight * loss, dict(zip(scalars, values, strict=True))
 
     def draw(self, x: Tensor, z: Tensor | None, generator: torch.Generator) -> tuple[Tensor, ...]:
         """The step's random numbers, a row or more an image."""

@@ -100,13 +100,11 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
             gradient.copy_(total.view_as(gradient))
 
 
-def sum_scalars(scalars: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The processes' scalars (tensors of no dimension), added up."""
-    if world_size() == 1:
-        return scalars
-    values = torch.stack(list(scalars.values()))
-    dist.all_reduce(values)
-    return dict(zip(scalars, values, strict=True))
+def sum_tensor(x: Tensor) -> Tensor:
+    """The sum of the processes' x, in x."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
 
 
 def sync_batch_norms(module: nn.Module, device: torch.device) -> nn.Module:

@@ -5,7 +5,7 @@ import sys
 import torch
 
 import model_paths
-from models import Detector
+from models import CCU, Detector
 from utils import files
 from utils.data import ImageSet
 from utils.errors import UserError, check_name
@@ -33,6 +33,15 @@ def load_models(dataset: str, labels: list[str] | None, device: torch.device) ->
             raise UserError(f"{found[label]} was trained on {model.meta['dataset']}, not on {dataset}; remove it, and "
                             "train one: run_training.py")
     return models
+
+
+def load_ccu(dataset: str, label: str, device: torch.device) -> CCU:
+    """The CCU model of this label, for its certificate; UserError where it is none."""
+    model = load_models(dataset, [label], device)[label]
+    if not isinstance(model, CCU):
+        raise UserError(f"{model_paths.model(dataset, label)} is no CCU model and certifies nothing; make one: "
+                        f"{model_paths.command(dataset, label)}")
+    return model
 
 
 def check_fit(models: dict[str, Detector], data: ImageSet) -> None:

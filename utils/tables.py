@@ -57,7 +57,7 @@ def how_made(made: dict) -> str:
              made.get("out_dataset") and f"out-distribution {made['out_dataset']} {made.get('out_dir') or ''}".strip(),
              kind == "ACET" and made.get("steps") and f"{made['steps']} attack step{'s' * (made['steps'] > 1)}",
              kind == "DE" and made.get("members") and f"{made['members']} members",
-             (mixtures.get("metric"), mixtures.get("n")) not in (("pca", params.CENTROIDS), (None, None))
+             mixtures and (mixtures.get("metric"), mixtures.get("n")) != ("pca", params.CENTROIDS)
              and f"{mixtures.get('metric')} metric, K = {mixtures.get('n')}",
              made.get("seed") is not None and f"seed {made['seed']}",
              made.get("augm_flag") is False and "not augmented",

@@ -78,11 +78,12 @@ def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet |
                   for i, which in enumerate(("in", "out", "noise"))}
     objective.constrain(model)
     history: list[dict] = []
-    done, totals, seconds = 0, {}, 0.0      # of the epoch: steps, sums of scalars over images
+    nothing = torch.zeros((), device=device)
+    done, totals, seconds = 0, nothing, 0.0     # of the epoch: steps, sums of the scalars over images [S]
     if (saved := state.load()) is not None:
         _restore(saved, state.path, model, objective, optimizer, generators)
         history, done, seconds = saved["history"], saved["step"], saved["seconds"]
-        totals = {scalar: value.to(device) for scalar, value in saved["totals"].items()}
+        totals = saved["totals"].to(device)
         print(f"resumed after epoch {len(history)}, step {done}")
     images = epoch_length(len(data), settings.batch_size)
     steps = math.ceil(images / settings.batch_size)
@@ -112,17 +113,17 @@ def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet |
             parallel.sum_gradients(model.parameters())
             optimizer.step()
             objective.constrain(model)
-            scalars["loss"] = loss.detach()
-            for scalar, value in parallel.sum_scalars(scalars).items():
-                totals[scalar] = totals.get(scalar, 0) + value * len(x)
-                if verbose and main:
-                    writer.add_scalar(f"step/{scalar}", value.item(), epoch * steps + step + 1)
+            values = parallel.sum_tensor(torch.stack(list(scalars.values())))                   # [S]
+            totals = totals + values * len(x)
+            if verbose and main:
+                for scalar, value in zip(scalars, values.tolist(), strict=True):
+                    writer.add_scalar(f"step/{scalar}", value, epoch * steps + step + 1)
             if main and step + 1 < steps and state.due():
                 if not _finite(model, totals):
                     break
                 _save(state, model, objective, optimizer, generators, at_start, history=history, step=step + 1,
                       totals=totals, seconds=time.monotonic() - start)
-        means = {scalar: (value / images).item() for scalar, value in totals.items()}
+        means = dict(zip(scalars, (totals / images).tolist(), strict=True))
         if not _finite(model, totals):
             if main:
                 writer.close()
@@ -135,7 +136,7 @@ def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet |
             writer.add_scalar(scalar, value, epoch + 1)
         print(f"{name} epoch {epoch + 1}/{settings.epochs}  " + "  ".join(
             f"{scalar} {value:.4g}" for scalar, value in sorted(means.items())), flush=True)
-        done, totals, seconds = 0, {}, 0.0
+        done, totals, seconds = 0, nothing, 0.0
         if main and (state.due() or epoch + 1 == settings.epochs):
             _save(state, model, objective, optimizer, generators, {}, history=history, step=done, totals=totals,
                   seconds=seconds)
@@ -151,7 +152,7 @@ def _name(device: torch.device) -> str:
 
 def _finite(model, totals) -> bool:
     """The weights too: the last loss was taken before the last step."""
-    return bool(totals["loss"].isfinite()) and all(v.isfinite().all() for v in model.state_dict().values())
+    return bool(totals[0].isfinite()) and all(v.isfinite().all() for v in model.state_dict().values())
 
 
 def _save(state, model, objective, optimizer, generators, at_start, **position):
