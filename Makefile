@@ -2,7 +2,7 @@
 # make tables DATASET=D [EPOCHS=100] [OUT_DATASET=..] [OUT_DIR=..] [DATA_DIR=..] [GPUS="0 1"] [LABELS="Base CCU"]
 #               train whatever is missing, write both tables; -j 4 runs independent jobs side by side;
 #               LABELS="CCU CCU-seed1 CCU-seed2" trains with other seeds too; ARGS="--download 1" is for every script,
-#               TRAIN_ARGS="--amp 1" for run_training.py
+#               TRAIN_ARGS="--amp 1" for run_training.py, EVAL_ARGS="--ood NAME=FOLDER" for gen_eval.py
 # make results  write results/README.md and the README's table from results/
 # make figures [DATASET=D]
 #               draw what can be drawn of the models and tables that are there: results/figures/
@@ -80,10 +80,10 @@ stale = $(shell test -f $(1).csv && test ! $(1).csv -nt $(2) && test "$$(cat $(2
 TABLE1 := results/table1_$(DATASET)
 TABLE2 := results/table2_$(DATASET)
 OF1 := $(strip $(LABELS)), $(STEPS) steps, $(RESTARTS) restarts
-OF2 := $(strip $(LABELS))
+OF2 := $(strip $(LABELS) $(EVAL_ARGS))
 
 $(MODELS)/.table2: $(LABELS:%=$(MODELS)/%.pt) $(call stale,$(TABLE2),$(MODELS)/.table2,$(OF2)) | $(INSTALLED)
-	$(PY) gen_eval.py --dataset $(DATASET) --drop_mmc 0 $(DATA) $(call gpu,Base) --models $(LABELS) --output $(TABLE2)
+	$(PY) gen_eval.py --dataset $(DATASET) --drop_mmc 0 $(DATA) $(call gpu,Base) --models $(LABELS) $(EVAL_ARGS) --output $(TABLE2)
 	@echo '$(OF2)' > $@
 
 $(MODELS)/.table1: $(sort $(LABELS:%=$(MODELS)/%.pt) $(MODELS)/CCU.pt) $(call stale,$(TABLE1),$(MODELS)/.table1,$(OF1)) | $(INSTALLED)

@@ -62,7 +62,7 @@ def main(args):
                   "and their attacks cannot move", file=sys.stderr)
         start = time.monotonic()
         on_test = test.to(device)       # a model that gives NaN is found before the attack, not after
-        tested = {label: evaluation.evaluate(model, on_test, 1000) for label, model in models.items()}
+        tested = {label: evaluation.evaluate(model, on_test, params.EVAL_BATCH_SIZE) for label, model in models.items()}
         parts = {label: unit_folder(dataset, label, model, metric, seeds, radii, args)
                  for label, model in models.items()}
         finished += parts.values()
@@ -85,7 +85,7 @@ def main(args):
                 if (bound := rows[dataset, label]["bound"]) is not None:
                     notes.append(f"{dataset}, {label}: MMC {rows[dataset, label]['MMC']:.4f} <= {bound:.4f} certified")
         notes += [f"{dataset}: {describe_balls(args, radii)}", *tables.model_notes(models)]
-        notes += [f"{label}: the attack climbed log(confidence - 1/M), which increases with the score and is not flat"
+        notes += [f"{label}: attacked by way of log(confidence - 1/M), since the score itself is flat far out"
                   for label, model in models.items() if isinstance(model, CCU)]
         written.append(files.save({
             "format": ATTACK, "record": records.of(args, seconds=time.monotonic() - start),
@@ -254,8 +254,10 @@ def parser() -> cli.Parser:
     p.add_argument("--alpha", type=cli.number(0, 1e3, open_low=True), default=params.ATTACK_ALPHA,
                    help=f"length of the first step in tenths of the radius ({params.ATTACK_ALPHA:g}); radii differ a "
                    "thousandfold from data set to data set")
-    p.add_argument("--batches", type=cli.integer(1), default=2, help="batches of seeds (2)")
-    p.add_argument("--batch_size", type=cli.integer(1), default=100, help="seeds in a batch (100)")
+    p.add_argument("--batches", type=cli.integer(1), default=params.ATTACK_BATCHES,
+                   help=f"batches of seeds ({params.ATTACK_BATCHES})")
+    p.add_argument("--batch_size", type=cli.integer(1), default=params.ATTACK_BATCH_SIZE,
+                   help=f"seeds in a batch ({params.ATTACK_BATCH_SIZE})")
     p.add_argument("--points", type=cli.integer(1), default=params.ATTACK_POINTS, help="points attacked at once, on "
                    f"the device: a matter of memory and speed ({params.ATTACK_POINTS})")
     p.add_argument("--out_seeds", type=cli.flag, default=False, help="1 = seeds are test draws of the "

@@ -104,8 +104,7 @@ def warn_overlap(models, sets, test, args) -> None:
     for out in {name for name, _ in trained}:
         if twins := [name for name in sets if name in (out, f"Gray{out}")]:
             labels = [label for label, model in models.items() if model.meta.get("out_dataset") == out]
-            print(f"warning: {', '.join(labels)} learnt on {out}, which {twins[0]} is too: it is not OOD to them",
-                  file=sys.stderr)
+            print(f"warning: {', '.join(labels)} learnt from {out}: {twins[0]} is not OOD to them", file=sys.stderr)
     hashes = {args.dataset: set(map(hash, image_bytes(test)))}
     for name, seed in trained:
         if name in FIXED:
@@ -142,7 +141,8 @@ def make_table(models, sets, scores, metric, with_mmc: bool) -> pd.DataFrame:
 def parser() -> cli.Parser:
     p = cli.Parser(__doc__).dataset().common()
     p.add_argument("--models", nargs="+", metavar="LABEL", help="labels (all that are trained)")
-    p.add_argument("--batch_size", type=cli.integer(1), default=1000, help="images at a time (1000)")
+    p.add_argument("--batch_size", type=cli.integer(1), default=params.EVAL_BATCH_SIZE,
+                   help=f"images at a time ({params.EVAL_BATCH_SIZE})")
     p.add_argument("--drop_mmc", type=cli.flag, default=False, help="1 = AUC only, 0 = mean confidence too (0)")
     p.add_argument("--aupr", type=cli.flag, default=False, help="1 = average precision instead of AUC (0)")
     p.add_argument("--ood", nargs="+", type=cli.assignment, default=[], metavar="NAME=FOLDER",

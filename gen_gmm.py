@@ -112,9 +112,8 @@ def make_metric(name: str, X: torch.Tensor) -> PCAMetric:
         metric = PCAMetric.fit(X, params.MIN_SV_FACTOR, whiten=name == "mahalanobis")
     except ValueError as error:
         raise UserError(f"{error}: are these the data set's own files?") from error
-    s = metric.singular_values
-    floor = s.max() / params.MIN_SV_FACTOR ** (2 if name == "mahalanobis" else 1)       # which squares s
-    floored, few = (s <= floor * 1.0001).sum().item(), len(X) <= len(s)
+    s = metric.singular_values          # descending, the floored ones equal
+    floored, few = (s == s[-1]).sum().item(), len(X) <= len(s)
     if few or floored > len(s) / 2:
         more = (f"; {len(X)} images span no more than {len(X) - 1} directions, so that new ones will look far away: "
                 "give more images, a smaller --image_size, or --PCA 0" if few else "")

@@ -10,7 +10,6 @@ deviation.
 """
 
 import contextlib
-import csv
 from pathlib import Path
 
 import pandas as pd
@@ -155,12 +154,9 @@ def read_authors(dataset: str) -> pd.DataFrame:
     """Rows as in `read_figures`, a column a label, percent."""
     names = {("ood", "TE"): "test error", ("ood", "AUC"): "AUC {set}"} | {
         ("adversarial_noise", metric): "adversarial noise {metric}" for metric in ("MMC", "SR", "AUC")}
-    figures: dict[str, dict] = {}
-    with open(AUTHORS, encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            if row["dataset"] == dataset and (name := names.get((row["table"], row["metric"]))):
-                figures.setdefault(row["label"], {})[name.format(**row)] = float(row["percent"])
-    return pd.DataFrame(figures)
+    table = pd.read_csv(AUTHORS).query("dataset == @dataset")
+    table["row"] = [names.get((row["table"], row["metric"]), "").format(**row) for row in table.to_dict("records")]
+    return table[table["row"] != ""].pivot(index="row", columns="label", values="percent")
 
 
 def published(row: str) -> str:

@@ -12,7 +12,7 @@ import torch
 
 import model_paths
 import params
-from models import CCU, GMM, PCAMetric, build_classifier
+from models import CCU, GMM, PCAMetric, Softmax, build_classifier
 from utils import cli, files
 from utils.errors import UserError
 
@@ -43,9 +43,8 @@ def from_authors(state: dict, dataset: params.Dataset) -> CCU:
     files.check_state_dict(state)
     D = dataset.channels * dataset.size ** 2
     state = dict(state)
-    base_model = build_classifier(dataset.arch, dataset.channels, dataset.size, dataset.classes)
-    base = {key.removeprefix("base_model."): state.pop(key) for key in list(state) if key.startswith("base_model.")}
-    files.load_state(base_model, base)
+    network = Softmax(build_classifier(dataset.arch, dataset.channels, dataset.size, dataset.classes))
+    files.load_state(network, {key: state.pop(key) for key in list(state) if key.startswith("base_model.")})
 
     def take(key: str, *shape: int | None) -> torch.Tensor:
         if key not in state:
@@ -75,7 +74,7 @@ def from_authors(state: dict, dataset: params.Dataset) -> CCU:
     loglam = take("loglam").item()
     if state:
         raise ValueError(f"unexpected key {next(iter(state))}")
-    return CCU(base_model, *gmms, loglam, dataset.classes)
+    return CCU(network.base_model, *gmms, loglam, dataset.classes)
 
 
 def agree(key: str, value: torch.Tensor, expected: torch.Tensor) -> None:

@@ -31,8 +31,8 @@ LABELS = {
 
 def label(train_type: str, fit_out: bool) -> str:
     """The label of what run_training.py trains."""
-    return {"plain": "Base", "CEDA_GMM": "CCU" if fit_out else "CCUs",
-            "ACET": "ACET" if fit_out else "ACET2"}.get(train_type, train_type)
+    return next((name for name, how in LABELS.items()
+                 if how.split()[1] == train_type and how.endswith("--fit_out 1") == fit_out), train_type)
 
 
 def without_seed(label: str) -> str:
@@ -91,7 +91,7 @@ def em_state(mixtures: Path, which: str) -> Path:
 def trained(dataset: str) -> dict[str, Path]:
     """label -> file of the models that exist: those of the tables in their order, then all others."""
     found = {path.stem: path for path in sorted((CHECKPOINTS / dataset).glob("*.pt"))}
-    return {name: found[name] for name in [*LABELS, *(f for f in found if f not in LABELS)] if name in found}
+    return {name: found[name] for name in [*LABELS, *found] if name in found}
 
 
 def command(dataset: str, label: str) -> str:

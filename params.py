@@ -21,7 +21,7 @@ class Dataset:
     crop: int                  # padding of the random crop, 0 = no crop                        [code]
     pad_mode: str              # "constant", "edge" or "reflect"                                [code]
     flip: bool                 # random horizontal flip                                         [code]
-    ood: tuple[str, ...]       # the OOD test sets of Table 2, in the table's order             [paper]
+    ood: tuple[str, ...]       # the OOD test sets of Table 2, in the table's order             [code]
     fit_images: int | None = None       # training images that the mixture is fitted on; None = all [code]
 
 
@@ -77,12 +77,20 @@ DATASETS = {
 IMAGE_SIZE = 32          # of Folder                                                            [ours]
 
 # Out-distributions for training, best first.  "auto" takes the first whose file is there; Photos,
-# crops of a photograph that scikit-learn brings, always is.  [80 Million Tiny Images: paper, code]
+# crops of a photograph that scikit-learn brings, always is.  [80 Million Tiny Images: code]
 OUT_DATASETS = ("TinyImages", "RandomImages300k", "Photos")
+
+OUT_IMAGES = 300_000     # trained on, of a file of images                                        [ours]
+OUT_CROPS = 100_000      # or crops of photos                                                     [ours]
+OUT_BYTES = 2 ** 30      # but no more than fit into this                                         [ours]
+OUT_TEST = 10_000        # test draws                                                             [ours]
+OUT_HELD_OUT = 0.1       # share of the images, or of a folder's photos, that test draws are from [ours]
+PHOTO_TRAIN = 0.8        # share of the one photograph's width, from the left, for training       [ours]
 
 CENTROIDS = 100          # K of each mixture                                                    [code]
 OUT_FIT_IMAGES = 25_000  # images the out-mixture is fitted on                                  [code]
 KMEANS_IMAGES = 20_000   # k-means, only a start, sees at most this many                         [ours]
+KMEANS_STEPS, KMEANS_TOL = 20, 1e-3                                             # [ours]
 EM_TOL, EM_STEPS = 1e-2, 100    # EM ends when the mean log-likelihood changes by less, or after so many    [ours]
 REG_COVAR = 1e-3         # added to the fitted variances                       [code's library, see README]
 MIN_SV_FACTOR = 1e6      # singular values are floored at the largest / this                    [code]
@@ -101,6 +109,8 @@ RATIO = 1.1              # radii are certified for a confidence of at most this 
 ATTACK_STEPS, ATTACK_RESTARTS = 500, 50     # of Table 1                                        [code]
 ATTACK_ALPHA = 3.0       # first step in tenths of the radius                   [ours; code: in the metric's units]
 ATTACK_POINTS = 500      # attacked at once                                                     [ours]
+ATTACK_BATCHES, ATTACK_BATCH_SIZE = 2, 100  # of seeds                                          [code]
+EVAL_BATCH_SIZE = 1000   # images at a time                                                     [ours]
 
 ACET_EPS = 0.3           # l_inf radius                                                     [Hein et al. 2019]
 ACET_STEPS = 40          # gradient steps                                                       [code]

@@ -39,7 +39,7 @@ def main(args):
     if args.amp and not cli.has_bf16(device):
         print("warning: this machine only imitates bf16 arithmetic: training with --amp 1 is slower than without",
               file=sys.stderr)
-    if unused := idle(args):
+    if unused := unused_options(args):
         print(f"warning: --train_type {args.train_type} has no use for {', '.join(unused)}", file=sys.stderr)
     label = args.label or model_paths.label(args.train_type, args.fit_out)
     path = model_paths.model(args.dataset, label)
@@ -69,23 +69,20 @@ def main(args):
         print(f"warning: {path} is there and will be replaced; --label NAME keeps both", file=sys.stderr)
 
     start = time.monotonic()
-    states = []
+    networks = networks_of(args, label, path)
     if calibrated:
         model, history = calibrate(args.train_type, base, data, out, args.seed, args.batch_size)
-    elif args.train_type == "DE":
-        states = [model_paths.training_state(path, i) for i in range(args.members)]
-        if not args.resume and parallel.rank() == 0:
-            for state in states:
-                state.unlink(missing_ok=True)
-        # seed 0: 0, 1, ...; seed 1 goes on from there
-        members = [train_network(args, args.seed * args.members + i, f"{label}.{i}", state, data, out, base, mixtures)
-                   for i, state in enumerate(states)]
-        model, history = DE([m.base_model for m, _ in members]), [h for _, h in members]
-        histories = history
+        seconds = time.monotonic() - start
     else:
-        states = [model_paths.training_state(path)]
-        model, history = train_network(args, args.seed, label, states[0], data, out, base, mixtures)
-        histories = [history]
+        if not args.resume and parallel.rank() == 0:
+            for _, _, state in networks:
+                state.unlink(missing_ok=True)
+        trained, histories = zip(*(train_network(args, *network, data, out, base, mixtures) for network in networks),
+                                 strict=True)
+        several = args.train_type == "DE"
+        model, history = (DE([m.base_model for m in trained]), histories) if several else (trained[0], histories[0])
+        # the epochs' own times count those before an interruption too
+        seconds = sum(epoch["seconds"] for epochs in histories for epoch in epochs)
 
     if parallel.rank() > 0:
         return
@@ -109,13 +106,19 @@ def main(args):
         meta |= chosen
         print(", ".join(f"{name} {value:.4g}" for name, value in chosen.items()))
     files.save_model(model, path, meta)
-    # the epochs' own times count those before an interruption too
-    seconds = time.monotonic() - start if calibrated else sum(e["seconds"] for h in histories for e in h)
     record = records.of(args, **meta, seconds=seconds, history=history)
     files.write_json(model_paths.run_record(path), record)
-    for state in states:
+    for _, _, state in networks:
         state.unlink(missing_ok=True)
     print(f"test error {error:.2f} %\nwrote {path} and {model_paths.run_record(path)}")
+
+
+def networks_of(args, label, path) -> list[tuple]:
+    """Seed, name and training state of each network that is trained; of DE's, seed 1 goes on where seed 0 ended."""
+    if args.train_type == "DE":
+        return [(args.seed * args.members + i, f"{label}.{i}", model_paths.training_state(path, i))
+                for i in range(args.members)]
+    return [(args.seed, label, model_paths.training_state(path))]
 
 
 def train_network(args, seed, name, state_path, data, out, base, mixtures) -> tuple[Detector, list[dict]]:
@@ -189,7 +192,7 @@ def check(args) -> None:
     args.members = first(args.members, params.MEMBERS)
 
 
-def idle(args) -> list[str]:
+def unused_options(args) -> list[str]:
     """The options that were given and that this method has no use for."""
     calibrated = args.train_type in params.CALIBRATED
     names = ["steps"] * (args.train_type != "ACET")
@@ -202,13 +205,14 @@ def idle(args) -> list[str]:
 
 def load_mixtures(args, out_name):
     """gmm_in, gmm_out and how they were fitted."""
-    name = cli.metric_name(args)
-    path = args.gmm_path or model_paths.mixtures(args.dataset, name, args.n, out_name)
+    name, n = cli.metric_name(args), first(args.n, params.CENTROIDS)
+    path = args.gmm_path or model_paths.mixtures(args.dataset, name, n, out_name)
     gmm_in, gmm_out, meta = files.load_mixtures(path, (
         f"fit the mixtures: python gen_gmm.py --dataset {args.dataset} --data_dir {shlex.quote(args.data_dir)} --PCA "
-        f"{int(args.PCA)} --metric {args.metric} --n {args.n} --augm_flag {int(args.augm_flag)} "
+        f"{int(args.PCA)} --metric {args.metric} --n {n} --augm_flag {int(args.augm_flag)} "
         f"--out_dataset {out_name}" + (f" --out_dir {shlex.quote(args.out_dir)}" if args.out_dir else "")
         + f" --image_size {args.image_size}" * (args.dataset == "Folder")))
+    args.n = gmm_in.components if args.gmm_path and args.n is None else n
     wanted_meta = {"dataset": args.dataset, "metric": name, "n": args.n, "out_dataset": out_name}
     if out_name == "Folder" and "out_dir" in meta:
         wanted_meta["out_dir"] = args.out_dir
@@ -262,8 +266,8 @@ def parser() -> cli.Parser:
     p.add_argument("--decay", type=cli.number(0), help=f"weight decay of the classifier ({params.WEIGHT_DECAY}; MCD 0)")
     p.add_argument("--loglam", type=cli.number(-50, 50), default=0.0, help="log p(o)/p(i) (0); OE, "
                    "EDL and GAN have no use for it")
-    p.add_argument("--n", type=cli.integer(1), default=params.CENTROIDS,
-                   help=f"centroids of the mixtures to start from ({params.CENTROIDS})")
+    p.add_argument("--n", type=cli.integer(1), help=f"centroids of the mixtures to start from ({params.CENTROIDS}, or "
+                   "as many as the file of --gmm_path has)")
     p.add_argument("--grad_vars", nargs="*", choices=("mu", "var"), default=["mu", "var"],
                    help="what of the mixtures is trained (mu var)")
     p.add_argument("--gmm_path", help="file of gen_gmm.py (found by data set, metric, n and out-distribution)")

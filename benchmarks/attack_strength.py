@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+import params
 from models import CCU, certified_radius
 from utils import cli
 from utils.attack import Region, ascend, score_and_gradient
@@ -64,7 +65,8 @@ def main(args):
         for fraction in FRACTIONS:
             region = Region(ccu.gmm_in.metric, seeds, radii * fraction)
             ours = Recorder(model.attack_score)
-            ascend(ours, region, region.start(torch.zeros_like(region.seeds)), steps, 0.3 * region.radius)
+            start, first = region.start(torch.zeros_like(region.seeds)), params.ATTACK_ALPHA / 10 * region.radius
+            ascend(ours, region, start, steps, first)
             plains = []
             for eta in STEP_SIZES[isinstance(model, CCU)]:
                 plains.append(Recorder(model.attack_score))

@@ -33,9 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
-from scipy.optimize import brentq
-from scipy.special import logsumexp
+from baselines import NaiveCCU, brentq_radius, pil_epoch
 
 import params
 from models import CCU, GMM, PCAMetric, Softmax, build_classifier, certified_radius
@@ -48,7 +46,6 @@ from utils.fit import em, fit_gmm, kmeans_start
 from utils.objectives import CEDA, CEDA_GMM, Plain
 from utils.state import State
 from utils.tables import benchmark_cells
-from utils.torchvision_guard import datasets
 from utils.training import Settings, make_optimizer, train
 
 NETWORKS = {"LeNet": (1, 28, "adam"), "ResNet18": (3, 32, "sgd")}
@@ -125,29 +122,6 @@ def settings(arch: str, epochs: int = 1) -> Settings:
     optimizer = NETWORKS[arch][2]
     return Settings(optimizer, params.LR[optimizer] / 100, params.LR_GMM, params.WEIGHT_DECAY, ("mu", "var"), epochs,
                     B, 0)
-
-
-class NaiveCCU(CEDA_GMM):
-    """CCU's loss as the published code computes it: six [K, B, D] differences a step, each rotated."""
-
-    @staticmethod
-    def log_prob(gmm: GMM, x: torch.Tensor) -> torch.Tensor:
-        difference = x.flatten(1)[None] - gmm.mu[:, None]                                   # [K, B, D]
-        z = difference @ gmm.metric.comp_vecs.T / gmm.metric.singular_values.sqrt()
-        d2 = z.square().sum(2)                                                              # [K, B]
-        return (gmm.log_norm()[:, None] - d2 / (2 * gmm.logvar.exp()[:, None])).logsumexp(0)
-
-    def loss(self, model, x, y, z):
-        def densities(images):
-            return self.log_prob(model.gmm_in, images), self.log_prob(model.gmm_out, images)
-
-        in_x, out_x = densities(x)
-        log_p = model.posterior(model.log_softmax(x), in_x, out_x)
-        in_z, out_z = densities(z)
-        log_q = model.posterior(model.log_softmax(z), in_z, out_z)
-        in_x, out_x = densities(x)
-        likelihood = torch.logaddexp(in_x, out_x).mean() + torch.logaddexp(in_z, out_z).mean()
-        return (F.nll_loss(log_p, y) - log_q.mean() - likelihood) / 2, {}
 
 
 def stepper(model, objective, arch: str, device: torch.device):
@@ -294,41 +268,15 @@ def loader(report: Report, device: torch.device, quick: bool) -> None:
             pass
     rate = n / interleaved({"ours": ours}, 3, device)["ours"]
     few = images[:2_000 if quick else 20_000]
-    rates = {workers: len(few) / pil_epoch(few, workers) for workers in (0, 1, 2, 4, 8) if workers <= os.cpu_count()}
+    rates = {workers: len(few) / pil_epoch(few, B, workers) for workers in (0, 1, 2, 4, 8) if workers <= os.cpu_count()}
     workers, baseline = max(rates.items(), key=lambda item: item[1])
     report.add("loader", rate, "images/s", baseline, rate / baseline, least=30, workers=workers)
 
 
-class PILImages(torch.utils.data.Dataset):
-    def __init__(self, images: np.ndarray):
-        datasets()          # torchvision, also where its operators don't load
-        from torchvision import transforms
-        self.images = images
-        self.transform = transforms.Compose([
-            transforms.RandomApply([transforms.RandomCrop(28, padding=2)]), transforms.ToTensor()])
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        from PIL import Image
-        return self.transform(Image.fromarray(self.images[i])), 0
-
-
-def pil_epoch(images: np.ndarray, workers: int) -> float:
-    """Seconds of an epoch, after one that starts the workers."""
-    batches = torch.utils.data.DataLoader(PILImages(images), B, shuffle=True, num_workers=workers,
-                                          persistent_workers=workers > 0)
-    for _ in range(2):
-        start = time.perf_counter()
-        for _ in batches:
-            pass
-    return time.perf_counter() - start
-
-
 @torch.no_grad()
 def climb(model, region: Region, steps: int) -> None:
-    ascend(model.attack_score, region, region.start(torch.zeros_like(region.seeds)), steps, 0.3 * region.radius)
+    start, first = region.start(torch.zeros_like(region.seeds)), params.ATTACK_ALPHA / 10 * region.radius
+    ascend(model.attack_score, region, start, steps, first)
 
 
 def attacks(report: Report, device: torch.device, quick: bool) -> None:
@@ -383,21 +331,6 @@ def certificates(report: Report, device: torch.device, quick: bool) -> None:
                    least=300 if method == "paper" else None)
 
 
-def brentq_radius(ccu: CCU, x: np.ndarray, ratio: float = 1.1) -> float:
-    """The paper's radius; every evaluation of the bound measures the distances, as the published code does."""
-    V = ccu.gmm_in.metric.comp_vecs.double().cpu().numpy()
-    root = ccu.gmm_in.metric.singular_values.double().cpu().sqrt().numpy()
-    mu, variance, log_norm = zip(*([value.detach().double().cpu().numpy() for value in (
-        gmm.mu, gmm.logvar.exp(), gmm.log_norm())] for gmm in (ccu.gmm_in, ccu.gmm_out)), strict=True)
-
-    def log_excess(R):
-        d_in, d_out = (np.linalg.norm((x - m) @ V.T / root, axis=1) for m in mu)
-        log_U = logsumexp(log_norm[0] - np.maximum(d_in - R, 0) ** 2 / (2 * variance[0]))
-        log_L = logsumexp(log_norm[1] - (d_out + R) ** 2 / (2 * variance[1]))
-        return log_U - log_L - ccu.loglam.item() - math.log((ratio - 1) / (M - ratio))
-    return brentq(log_excess, 0, 1e3, xtol=1e-9) if log_excess(0) < 0 else 0.0
-
-
 def gmm_fits(report: Report, device: torch.device, quick: bool, data_dir: str) -> None:
     """60,000 x 784, K = 100, to the same log-likelihood as scikit-learn; and the memory of 50,000 x 3,072."""
     from sklearn.mixture import GaussianMixture
@@ -411,6 +344,9 @@ def gmm_fits(report: Report, device: torch.device, quick: bool, data_dir: str) -
     z -= z.mean(0)
     z_device = z.to(device)
     K_, reg = (10 if quick else K), params.REG_COVAR
+
+    z_device[:K_] @ z_device[:K_].T         # a GPU's first product takes its time
+    synchronise(device)
 
     def ours():
         start = kmeans_start(z_device, K_, 0, reg)
@@ -523,7 +459,9 @@ def processes(report: Report, device: torch.device, quick: bool) -> None:
     report.add("epoch of CCU on Digits, two processes", seconds[1], "s", seconds[0], seconds[0] / seconds[1], on=on)
 
 
-SECTIONS = ("gmm_fits", "steps", "compiled", "loader", "attacks", "certificates", "evaluation", "epochs", "processes")
+# what might break a GPU's context comes last
+SECTIONS = {function.__name__: function for function in (gmm_fits, steps, loader, attacks, certificates, evaluation,
+                                                         epochs, processes, compiled)}
 
 
 def main(args):
@@ -532,16 +470,17 @@ def main(args):
     path = args.output or records.ROOT / "results" / f"benchmark_{slug(machine)}.json"
     files.check_writable(path)
     report, record = Report(machine), records.of(args)
+    keep = args.output or not (args.quick or args.only)
     record = {key: record[key] for key in ("command", "options", "commit", "time")}
     for section in args.only or SECTIONS:
         more = (args.data_dir,) if section == "gmm_fits" else ()
         if section != "gmm_fits":       # as all scripts but gen_gmm.py do
             cli.keep_freed_memory()
-        globals()[section](report, device, args.quick, *more)
-        if not args.quick and not args.only:        # what a later section breaks off with leaves these
+        SECTIONS[section](report, device, args.quick, *more)
+        if keep:        # what a later section breaks off with leaves these
             files.write_json(path, record | {"machine": machine, "figures": report.figures})
     print(f"\n{report.table()}\n")
-    if not args.quick and not args.only:
+    if keep:
         print(f"wrote {path}")
 
 
@@ -558,8 +497,9 @@ def slug(machine: dict) -> str:
 
 def parser() -> cli.Parser:
     p = cli.Parser(__doc__).common(gpu="GPU to use (default: the CPU)")
-    p.add_argument("--quick", type=cli.flag, default=False, help="1 = few repeats and small sizes, nothing written (0)")
-    p.add_argument("--only", nargs="+", choices=SECTIONS, help="some sections only; nothing is written")
+    p.add_argument("--quick", type=cli.flag, default=False, help="1 = few repeats and small sizes; writes only where "
+                   "--output says (0)")
+    p.add_argument("--only", nargs="+", choices=tuple(SECTIONS), help="some sections; writes only where --output says")
     p.add_argument("--output", help="where to write (results/benchmark_<machine>.json)", metavar="FILE")
     return p
 

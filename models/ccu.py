@@ -14,12 +14,14 @@ class CCU(Detector):
     """p(y|x) = [ p(y|x,i) p(x|i) + lam/M p(x|o) ] / [ p(x|i) + lam p(x|o) ]   (README: Model).
 
     gmm_out=None is the single-mixture variant CCUs: p(x|o) = 1, the uniform density on the cube.
-    Both mixtures must share one metric object.  loglam = log p(o)/p(i).
+    Both mixtures must share one metric (ValueError).  loglam = log p(o)/p(i).
     """
 
     def __init__(self, base_model: nn.Module, gmm_in: GMM, gmm_out: GMM | None, loglam: float, classes: int):
         if gmm_out is not None and gmm_out.metric is not gmm_in.metric:
-            raise ValueError("the two mixtures must share one metric")
+            if not gmm_out.metric.equals(gmm_in.metric):
+                raise ValueError("the two mixtures must share one metric")
+            gmm_out.metric = gmm_in.metric
         super().__init__(base_model, classes=classes, dim=gmm_in.metric.dim, components_in=gmm_in.components,
                          components_out=gmm_out.components if gmm_out is not None else 0)
         self.gmm_in = gmm_in

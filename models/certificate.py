@@ -79,12 +79,12 @@ class Mixtures:
             self.log_c_out, self.prec_out = gmm_out.log_norm(), torch.exp(-gmm_out.logvar)  # [L]: 1/theta^2
             self.mu_nu, self.nu_nu = squared_distances(self.mu, self.nu), squared_distances(self.nu, self.nu)
             centres = torch.cat([centres, gmm_out.mu])
-        self.terms = sum(centres.shape)                                         # n: of the longest sum
+        self.longest_sum = sum(centres.shape)                                   # n
         # >= the sizes of what log b is summed from, which may cancel; 1 + log n: for sums of exponentials
-        self.log_terms = self.loglam.abs() + 1 + math.log(self.terms)
+        self.log_b_size = self.loglam.abs() + 1 + math.log(self.longest_sum)
         for gmm in filter(None, (gmm_in, gmm_out)):
             log_c = gmm.alpha.abs() + self.metric.dim / 2 * (math.log(2 * math.pi) + gmm.logvar.abs())
-            self.log_terms = self.log_terms + log_c.max() + self.metric.singular_values.log().abs().sum() / 2
+            self.log_b_size = self.log_b_size + log_c.max() + self.metric.singular_values.log().abs().sum() / 2
         self.frobenius = (self.metric.comp_vecs.square().sum(1) / self.metric.singular_values).sum().sqrt()
         self.reach = self.frobenius * centres.norm(dim=1).max()                 # >= |z| of every centre
         at_mu = Balls(self, gmm_in.mu, "paper")
@@ -99,14 +99,14 @@ class Balls:
 
     def __init__(self, mixtures: Mixtures, x: Tensor, method: str, margin: float = 1.0):
         m, z = mixtures, mixtures.metric.transform(x)
-        self.m, self.eps = m, margin * EPS * m.terms    # relative error of a sum
+        self.m, self.eps = m, margin * EPS * m.longest_sum    # relative error of a sum
         self.d2_in = squared_distances(z, m.mu)                                 # [B, K]
         self.log_in = m.log_c_in - self.d2_in / 2 * m.prec_in                   # log alpha_k N_k(x0)
-        self.prec_out, farthest = 0.0, self.d2_in.amax(1)
+        self.max_prec_out, farthest = 0.0, self.d2_in.amax(1)
         if not m.single:
             self.d2_out = squared_distances(z, m.nu)                            # [B, L]
             self.log_out = m.log_c_out - self.d2_out / 2 * m.prec_out           # log beta_l N_l(x0)
-            self.prec_out = m.prec_out.max()
+            self.max_prec_out = m.prec_out.max()
             farthest = torch.maximum(farthest, self.d2_out.amax(1))
         self.reach = m.frobenius * x.norm(dim=1) + m.reach                      # [B] >= |z_x0| + |z_centre|
         self.z_error = self.eps * self.reach                                    # [B]
@@ -121,8 +121,8 @@ class Balls:
     def slack(self, R: Tensor) -> Tensor:
         """Bound on the rounding of log b [B]."""
         size = self.size + R
-        products = self.eps * size.square() * (self.m.prec_in.max() + self.prec_out)
-        return products + self.prec_out * size * self.z_error + self.eps * self.m.log_terms
+        products = self.eps * size.square() * (self.m.prec_in.max() + self.max_prec_out)
+        return products + self.max_prec_out * size * self.z_error + self.eps * self.m.log_b_size
 
     # The paper's bound
 
@@ -149,7 +149,7 @@ class Balls:
         g = sum_i w_i v_i with v_i = z_x0 - centre and weights w = (q_l/theta_l^2, -1/sigma_k^2) has
         |g|^2 = (sum_i w_i)(sum_i w_i |v_i|^2) - sum_{i<j} w_i w_j |v_i - v_j|^2 = a (in_d2 - out_d2) + between.
         """
-        precision = (self.m.prec_in + self.prec_out).reshape(-1, *[1] * (in_d2.dim() - 2))
+        precision = (self.m.prec_in + self.max_prec_out).reshape(-1, *[1] * (in_d2.dim() - 2))
         error = self.eps * self.size.square().reshape(-1, *[1] * (in_d2.dim() - 1)) * precision.square()
         return (a * (in_d2 - out_d2) + between + 2 * error).clamp_min(0).sqrt()
 
@@ -283,6 +283,8 @@ def confidence_bound(ccu: CCU, x: Tensor, radius: float | Tensor, method: str = 
     """Certified upper bound [B] (float64) on max_y p(y|x') over all x' with d(x, x') <= radius.
 
     x [B, ...] in pixel space; radius in units of the metric, one number or [B]; method "tight" or "paper".
+    It bounds the exact model: one computed in float32 may exceed it by its own rounding, some 1e-4 where both densities
+    are about equal; ccu.double() does not.
     """
     require_ccu(ccu)
     radius = torch.as_tensor(radius, dtype=torch.float64, device=ccu.loglam.device)

@@ -40,9 +40,9 @@ class Discriminator(nn.Module):
         n = halvings(size)
         layers = [nn.Conv2d(channels, WIDTH, 4, 2, padding=1), nn.LeakyReLU(0.2)]
         for i in range(n - 1):
-            layers += [nn.Conv2d(WIDTH << i, WIDTH << i + 1, 4, 2, padding=1, bias=False),
-                       nn.BatchNorm2d(WIDTH << i + 1), nn.LeakyReLU(0.2)]
-        self.layers = nn.Sequential(*layers, nn.Conv2d(WIDTH << n - 1, 1, size >> n))
+            layers += [nn.Conv2d(WIDTH * 2 ** i, WIDTH * 2 ** (i + 1), 4, 2, padding=1, bias=False),
+                       nn.BatchNorm2d(WIDTH * 2 ** (i + 1)), nn.LeakyReLU(0.2)]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(WIDTH * 2 ** (n - 1), 1, size >> n))
         self.apply(initialise)
 
     def forward(self, x: Tensor) -> Tensor:

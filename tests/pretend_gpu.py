@@ -135,10 +135,11 @@ def main(record: str, *commands: str) -> None:
     torch.Generator = Generator
     for name in ("rand", "randn", "randint", "randperm"):
         setattr(torch, name, checked(getattr(torch, name)))
-    from utils import cli, out_data, state
+    import params
+    from utils import cli, state
     cli.device = lambda gpu: torch.device(NAME, 0)
     state.SAVE_EVERY = float("inf")      # saving waits for the device: rightly, but at times of its own
-    out_data.CROPS = 2_000      # which take seconds
+    params.OUT_CROPS = 2_000      # which take seconds
     counts = []
     for command in commands:
         script, *sys.argv[1:] = command.split()

@@ -58,7 +58,9 @@ def copy(source, target):
 def damaged(path, how):
     def make():
         content = Path(path).read_bytes()
-        put(path, {"cut": content[:len(content) // 2], "flip": content[:900] + b"\xff" * 300 + content[1200:],
+        middle = len(content) // 2      # within a tensor's numbers, where only a checksum tells
+        put(path, {"cut": content[:middle], "flip": content[:900] + b"\xff" * 300 + content[1200:],
+                   "bit": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:],
                    "text": b"hello", "empty": b""}[how])
     return make
 
@@ -259,7 +261,7 @@ TABLE = [
     (f"{LOAD} {BASE}", ["can't write", "checkpoints/MNIST"], text("checkpoints/MNIST")),
 
     # models
-    *((f"{EVAL} --models Base", ["Base.pt"], damaged(BASE, how)) for how in ("cut", "flip", "text", "empty")),
+    *((f"{EVAL} --models Base", ["Base.pt"], damaged(BASE, how)) for how in ("cut", "flip", "bit", "text", "empty")),
     (f"{EVAL} --models Base", ["Base.pt", "refused", "could run code"],
      saved(BASE, {"format": files.MODEL, "spec": Evil()})),
     (f"{EVAL} --models Base", ["Base.pt", "refused", "could run code"], lambda: put(BASE, pickle.dumps(Evil()))),
@@ -292,7 +294,7 @@ TABLE = [
     ("gen_attack_stats.py --datasets Digits", ["CCUs.pt is no CCU model"], copy(BASE, "checkpoints/Digits/CCUs.pt")),
 
     # mixtures
-    *((CCU_TRAIN, ["pca_n10_Photos.pt"], damaged(GMM_PT, how)) for how in ("cut", "flip", "text", "empty")),
+    *((CCU_TRAIN, ["pca_n10_Photos.pt"], damaged(GMM_PT, how)) for how in ("cut", "flip", "bit", "text", "empty")),
     (CCU_TRAIN.replace("10", "12") + f" --gmm_path {GMM_PT}", ["n 10, not 12"]),
     (f"{CCU_TRAIN} --PCA 0 --gmm_path {GMM_PT}", ["metric pca, not euclidean"]),
     (f"{CCU_TRAIN} --out_dataset CIFAR10 --gmm_path {GMM_PT}", ["out_dataset Photos, not CIFAR10"]),
@@ -704,7 +706,7 @@ def test_ood_sets_that_are_not_ood_are_named(work, capsys):
     changed(BASE, "meta", out_dataset="FMNIST")()
     run_script(f"{EVAL} --models Base --output t --ood mine=mine")
     error = capsys.readouterr().err
-    assert "warning: Base learnt on FMNIST" in error
+    assert "warning: Base learnt from FMNIST" in error
     assert "warning: 3 of 20 images of FMNIST are among those of the out-images of FMNIST\n" in error
     assert "warning: 4 of 4 images of mine are among those of Digits\n" in error
     assert error.count("among") == 2

@@ -11,8 +11,9 @@ import torch
 from conftest import run_script
 from torch.utils import backend_registration
 
+import params
 from models import PCAMetric, Softmax, build_classifier
-from utils import load_model, out_data, save_model
+from utils import load_model, save_model
 from utils.attack import attack
 from utils.data import ImageSet
 from utils.evaluation import evaluate
@@ -51,7 +52,7 @@ def test_training_does_not_wait_for_its_steps(pretended):
 
 
 def test_numbers_are_those_of_the_cpu(pretended, tmp_path, monkeypatch):
-    monkeypatch.setattr(out_data, "CROPS", 2_000)
+    monkeypatch.setattr(params, "OUT_CROPS", 2_000)
     pretended(f"{CCU} --batch_size 400")
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+HOUR = 3600 * 10 ** 9       # in nanoseconds
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="no make on this machine")
 
 
@@ -84,9 +85,9 @@ def test_tables_of_other_models_are_made_anew(planned, folder):
     assert planned("LABELS=CCU")[0] == ["gen_eval", "gen_attack_stats"]
     assert planned("LABELS=Base CCU", "STEPS=7")[0] == ["gen_attack_stats"]
     now = time.time_ns()
-    os.utime(tables[1], ns=(now + 10 ** 9, now + 10 ** 9))      # as another command leaves it
+    os.utime(tables[1], ns=(now + HOUR, now + HOUR))      # as another command leaves it
     assert planned("LABELS=Base CCU")[0] == ["gen_eval"]
-    os.utime(tables[1], ns=(now - 10 ** 9, now - 10 ** 9))
+    os.utime(tables[1], ns=(now - HOUR, now - HOUR))
     tables[0].unlink()
     assert planned("LABELS=Base CCU")[0] == ["gen_attack_stats"]
 

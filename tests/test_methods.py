@@ -497,6 +497,13 @@ def checkpoint(label):
     return load_model(model_paths.model("Digits", label))
 
 
+def test_a_file_of_mixtures_says_itself_how_many_centroids_it_has(tiny):
+    path = model_paths.mixtures("Digits", "pca", 2, "Photos").rename(tiny / "own.pt")
+    train(f"--train_type CEDA_GMM --fit_out 1 --gmm_path {path}")
+    record = json.loads(model_paths.run_record(model_paths.model("Digits", "CCU")).read_text())
+    assert checkpoint("CCU").gmm_in.components == record["options"]["n"] == 2
+
+
 @pytest.mark.parametrize("label", list(model_paths.LABELS))
 def test_every_label_is_one_command(label, tiny):
     options = model_paths.LABELS[label] + {"DE": " --members 2"}.get(label, "") + " --n 2 --steps 2"

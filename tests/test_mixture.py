@@ -216,3 +216,15 @@ def test_mixtures_are_fitted_on_augmented_images_when_asked(augmented, few_out, 
         assert same.any(0).all()
         unmoved = same[shifts.index((2, 2))].mean()
         assert 0.3 < unmoved < 0.75 if augmented else unmoved == 1
+
+
+def test_mixtures_of_equal_metrics_share_one_and_of_others_are_refused():
+    ccu = tiny_ccu()
+    equal, other = (GMM(ccu.gmm_out.mu, ccu.gmm_out.logvar, ccu.gmm_out.alpha, PCAMetric(
+        ccu.gmm_in.metric.comp_vecs.clone(), ccu.gmm_in.metric.singular_values * factor)) for factor in (1, 2))
+    again = CCU(ccu.base_model, ccu.gmm_in, equal, ccu.loglam.item(), ccu.classes).eval()
+    assert again.gmm_out.metric is again.gmm_in.metric
+    x = torch.rand(3, 1, 28, 28)
+    torch.testing.assert_close(again(x), ccu.eval()(x))
+    with pytest.raises(ValueError, match="share one metric"):
+        CCU(ccu.base_model, ccu.gmm_in, other, 0.0, ccu.classes)

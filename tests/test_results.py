@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import run_script
 
 import gen_results
 import model_paths
-from tests.conftest import run_script
 
 ROOT = Path(__file__).parent.parent
 AUC = {"Base": 98.0, "Base-seed1": 98.5, "Base-seed2": 97.1, "CEDA": 99.25, "MCD": 70.0}

@@ -100,3 +100,5 @@ def test_a_score_equal_to_the_median_is_a_success():
     scores_in = torch.tensor([-9.0, -2.0, -1.0])
     assert evaluation.success_rate(torch.tensor([-2.0, -2.0 - 1e-6, -0.5, -9.0]), scores_in) == 50
     assert math.isclose(evaluation.success_rate(scores_in, scores_in), 200 / 3)
+    even = torch.tensor([-4.0, -2.0, -1.0, -3.0])       # median -2.5
+    assert evaluation.success_rate(torch.tensor([-2.5, -2.6, -3.0, -1.0]), even) == 50

@@ -56,7 +56,7 @@ class Parser(argparse.ArgumentParser):
     def common(self, gpu: str = "GPU to use; -1 = CPU (default: GPU 0 where there is one)") -> "Parser":
         """Options of all scripts that compute."""
         self.shared.add_argument("--gpu", type=int, help=gpu)
-        self.shared.add_argument("--seed", type=integer(0), default=0, help="of all random draws (0)")
+        self.shared.add_argument("--seed", type=integer(0), default=0, help="seed of all random draws (0)")
         self.shared.add_argument("--download", type=flag, default=False, help="1 = fetch missing data sets that "
                                  "torchvision can fetch (0)")
         return self.data_dir()
@@ -119,7 +119,7 @@ def name(text: str) -> str:
 
 
 def stem(text: str) -> str:
-    """argparse type: PATH of PATH.csv and PATH.txt; who gives one of these files means the same."""
+    """argparse type: PATH of PATH.csv and PATH.txt; either file's name means the same."""
     return text.removesuffix(".csv").removesuffix(".txt")
 
 
@@ -195,7 +195,7 @@ def has_bf16(device: torch.device) -> bool:
 def keep_freed_memory() -> None:
     """For work in equal steps on a CPU: glibc gives large tensors back to the system at once, and each 4 kB of the
     next step's cost a page fault.  Kept, they take more memory at the peak (benchmarks/run.py)."""
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None:
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)
 

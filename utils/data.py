@@ -20,7 +20,7 @@ from PIL import Image
 import params
 from utils import noise
 from utils.errors import MissingData, UserError, check_name
-from utils.images import is_grey, list_images, random_crops, read_images, resize, sample_photo, shape_like
+from utils.images import is_grey, list_images, pixels, random_crops, read_images, sample_photo, shape_like
 from utils.torchvision_guard import datasets
 
 PLAIN = ("MNIST", "FMNIST", "EMNIST", "SVHN", "CIFAR10", "CIFAR100", "Digits")   # with train and test split
@@ -137,16 +137,12 @@ def crop_flip(images: torch.Tensor, index: torch.Tensor, down: torch.Tensor, rig
 
 
 def pad(x: torch.Tensor, p: int, mode: str) -> torch.Tensor:
-    """uint8 [B, C, H, W] with p pixels more at each side; contiguous.  Modes are those of Augmentation."""
+    """uint8 [B, C, H, W] with p pixels more at each side, contiguous; float where black does not do: a GPU mirrors and
+    repeats floats only.  Modes are those of Augmentation.
+    """
     if mode == "constant":
         return F.pad(x, (p, p, p, p))
-    for dim in (2, 3):
-        last = x.shape[dim] - 1
-        source = torch.arange(-p, last + 1 + p, device=x.device)
-        if mode == "reflect":
-            source = last - (last - source.abs()).abs()
-        x = x.index_select(dim, source.clamp(0, last))
-    return x
+    return F.pad(x.float(), (p, p, p, p), {"edge": "replicate", "reflect": "reflect"}[mode])
 
 
 def _augmented(data: ImageSet, order: torch.Tensor, batch_size: int, generator: torch.Generator | None,
@@ -270,7 +266,7 @@ def _digits(split: str) -> ImageSet:
     parts = train_test_split(np.arange(len(target)), test_size=0.2, random_state=0, stratify=target)
     index = parts[split == "test"]
     small = np.rint(bunch.images[index] * (255 / 16)).astype(np.uint8)
-    images = np.stack([resize(Image.fromarray(image), 28, (0, 0, 8, 8)) for image in small])
+    images = np.stack([pixels(Image.fromarray(image).resize((28, 28), Image.Resampling.BILINEAR)) for image in small])
     return ImageSet("Digits", torch.from_numpy(images), torch.from_numpy(target[index]).long(), 10)
 
 

@@ -13,7 +13,7 @@ from utils.errors import UserError
 
 def full_precision():
     """Convolutions in float32, not a GPU's TF32, and deterministic: all scripts compute the same scores of a model."""
-    return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+    return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False, fp32_precision="ieee")
 
 
 @torch.no_grad()
@@ -53,7 +53,8 @@ def mmc(scores: Tensor) -> float:
 
 def success_rate(attacked: Tensor, scores_in: Tensor) -> float:
     """Percent of attacked points whose score is at least the in-distribution's median score."""
-    return 100 * (attacked >= scores_in.median()).double().mean().item()
+    median = float(np.median(scores_in.double().cpu()))        # torch's is the lower of the two in the middle
+    return 100 * (attacked.double() >= median).double().mean().item()
 
 
 def auroc(scores_in: Tensor, scores_out: Tensor) -> float:

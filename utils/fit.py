@@ -34,7 +34,8 @@ def kmeans_start(z: Tensor, K: int, seed: int, reg_covar: float) -> Fit:
     from sklearn.cluster import KMeans
     generator = torch.Generator().manual_seed(seed)
     sample = z[torch.randperm(len(z), generator=generator)[:max(params.KMEANS_IMAGES, K)].to(z.device)]
-    kmeans = KMeans(K, n_init=1, max_iter=20, tol=1e-3, random_state=seed).fit(sample.cpu().numpy())
+    kmeans = KMeans(K, n_init=1, max_iter=params.KMEANS_STEPS, tol=params.KMEANS_TOL, random_state=seed)
+    kmeans.fit(sample.cpu().numpy())
     centres = torch.as_tensor(kmeans.cluster_centers_, dtype=z.dtype, device=z.device)
 
     def hard(d2):
@@ -51,8 +52,8 @@ def em(z: Tensor, start: Fit, reg_covar: float, update_weights: bool = False, to
     reg_covar is added to every variance at every step, as scikit-learn does: with 0 the log-likelihood never
     falls, with more it may.
     update_weights=False keeps the start's weights, as CCU does with 1/K.  progress(iteration, mean
-    log-likelihood of z) is called at every step, keep(fit) before it: started from this fit, EM goes on with the
-    same bits.
+    log-likelihood of z) is called at every step, keep(fit) before it: started from this fit, EM continues bit for
+    bit.
     """
     D = z.shape[1]
     means, variances, weights = start.means, start.variances, start.weights
@@ -65,13 +66,13 @@ def em(z: Tensor, start: Fit, reg_covar: float, update_weights: bool = False, to
             log_joint = log_norm - d2 / (2 * variances)                         # [b, K]
             log_prob = log_joint.logsumexp(1)
             return (log_joint - log_prob[:, None]).exp_(), log_prob
-        *new, log_likelihood = _m_step(z, means, e_step, reg_covar)
+        new_means, new_variances, new_weights, log_likelihood = _m_step(z, means, e_step, reg_covar)
         progress(iteration, log_likelihood)
         log_likelihoods.append(log_likelihood)
         if iteration == max_iter or (iteration and abs(log_likelihood - log_likelihoods[-2]) < tol):
             return Fit(means, variances, weights, log_likelihoods)
-        means, variances = new[:2]
-        weights = new[2] if update_weights else weights
+        means, variances = new_means, new_variances
+        weights = new_weights if update_weights else weights
 
 
 def _m_step(z: Tensor, old_means: Tensor, e_step: Callable, reg_covar: float) -> tuple[Tensor, Tensor, Tensor, float]:

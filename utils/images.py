@@ -64,8 +64,8 @@ def read_images(paths: Sequence[Path], channels: int, size: int, crops: Sequence
                 if crops[i] is not None:   # a big JPEG may be decoded at a fraction of its size
                     image.draft(None, (8 * size, 8 * size))
                 image = _decode(image, channels)
-            made = _centre(image, size) if crops[i] is None else random_crops(image, crops[i], size)
-            out[starts[i]:ends[i]] = made
+            out[starts[i]:ends[i]] = (random_crops(image, crops[i], size) if crops[i] is not None else
+                                      pixels(ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)))
         except Exception:   # decoders raise a dozen kinds of errors on damaged files
             bad.append(i)
 
@@ -98,7 +98,8 @@ def random_crops(image: Image.Image, where: np.ndarray, size: int) -> torch.Tens
     side = short * (min(size, short) / short) ** where[:, 0]
     left, top = (width - side) * where[:, 1], (height - side) * where[:, 2]
     boxes = np.stack([left, top, left + side, top + side], 1).clip(0, [width, height] * 2)
-    return torch.from_numpy(np.stack([resize(image, size, tuple(box), gap=2.0) for box in boxes]))
+    return torch.from_numpy(np.stack([pixels(image.resize((size, size), Image.Resampling.BILINEAR, tuple(box),
+                                                          reducing_gap=2.0)) for box in boxes]))
 
 
 def shape_like(images: torch.Tensor, channels: int, size: int) -> torch.Tensor:
@@ -131,16 +132,9 @@ def _decode(image: Image.Image, channels: int) -> Image.Image:
     return image.convert("L" if channels == 1 else "RGB")
 
 
-def _centre(image: Image.Image, size: int) -> np.ndarray:
-    side = min(image.size)
-    left, top = ((length - side) / 2 for length in image.size)
-    return resize(image, size, (left, top, left + side, top + side))[None]
-
-
-def resize(image: Image.Image, size: int, box: tuple[float, ...], gap: float | None = None) -> np.ndarray:
-    """The box of the image, uint8 [C, size, size]."""
-    pixels = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box, reducing_gap=gap))
-    return pixels.reshape(size, size, -1).transpose(2, 0, 1)
+def pixels(image: Image.Image) -> np.ndarray:
+    """uint8 [C, H, W]."""
+    return np.asarray(image).reshape(image.height, image.width, -1).transpose(2, 0, 1)
 
 
 def is_grey(path: Path) -> bool:

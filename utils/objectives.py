@@ -143,7 +143,10 @@ class ACET(Objective):
 
 
 class CEDA_GMM(Objective):
-    """CCU and CCUs: CEDA on the CCU model's confidences, and the densities' likelihood, jointly."""
+    """CCU and CCUs: CEDA on the CCU model's confidences, and the densities' likelihood, jointly,
+
+        p_in [-log p(y|x) - log p(x)] + p_out [-(1/M) sum_m log p(m|z) - log p(z)],   p = p_in p(.|i) + p_out p(.|o).
+    """
 
     def loss(self, model: CCU, x, y, z):
         images = torch.cat((x, z))

@@ -19,13 +19,6 @@ from utils.errors import MissingData, UserError, check_name
 from utils.images import list_images, random_crops, read_images, sample_photo, shape_like
 
 KNOWN_OUT = (*params.OUT_DATASETS, "Folder", *PLAIN)
-BANK = 300_000         # images drawn from a file of images for training
-BANK_BYTES = 2**30     # but not more than fit into this once they are shaped
-CROPS = 100_000        # crops made of photos for training
-TEST = 10_000          # images of a test part
-HELD_OUT = 0.1         # share of the images, or of a folder's photos, that is the test part
-PHOTO_TRAIN = 0.8      # share of the one photograph's width, from the left, that training crops lie in
-
 Shape = tuple[int, int]   # channels, size
 _FILES = {"TinyImages": "80M_Tiny_Images/tiny_images.bin", "RandomImages300k": "300K_random_images.npy"}
 FIXED = (*_FILES, *PLAIN)      # images as they are; the others are crops of photos
@@ -53,8 +46,8 @@ def load_out(name: str, like: ImageSet, data_dir: str | Path, out_dir: str | Pat
 
     Fixed images (TinyImages, RandomImages300k, another data set) give a seeded choice of n, or all if they
     are fewer; photos (Folder: all below out_dir, Photos: one photograph) give n random crops.  Without n:
-    BANK or CROPS images for split "train", TEST for "test".  Raises MissingData, or UserError for what is
-    damaged, empty, unknown or the in-distribution itself.
+    params.OUT_IMAGES or OUT_CROPS images for split "train", OUT_TEST for "test".  Raises MissingData, or
+    UserError for what is damaged, empty, unknown or the in-distribution itself.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split is train or test, not {split}")
@@ -65,8 +58,8 @@ def load_out(name: str, like: ImageSet, data_dir: str | Path, out_dir: str | Pat
     rng = np.random.default_rng(seed)
     crops = name in ("Folder", "Photos")
     if n is None:
-        n = (CROPS if crops else BANK) if split == "train" else TEST
-        n = min(n, max(1, BANK_BYTES // like.images.shape[1:].numel()))
+        n = (params.OUT_CROPS if crops else params.OUT_IMAGES) if split == "train" else params.OUT_TEST
+        n = min(n, max(1, params.OUT_BYTES // like.images.shape[1:].numel()))
     if name == "Photos":
         images = _photo(split, n, shape, rng)
     elif name == "Folder":
@@ -85,7 +78,7 @@ def load_out(name: str, like: ImageSet, data_dir: str | Path, out_dir: str | Pat
 
 def _draw(count: int, split: str, n: int, rng: Generator, excluded: np.ndarray | None = None) -> np.ndarray:
     """n indices (or all) in random order, each once, of the first 90 % (train) or the last 10 % (test)."""
-    border = count - int(count * HELD_OUT)
+    border = count - int(count * params.OUT_HELD_OUT)
     low, high = (0, border) if split == "train" else (border, count)
     gaps = np.empty(0, np.int64) if excluded is None else np.unique(excluded)
     gaps = gaps[(gaps >= low) & (gaps < high)]
@@ -109,7 +102,7 @@ def _gather(source: np.ndarray, index: np.ndarray, axes: tuple[int, ...], shape:
 def _tiny_images(path: Path, split: str, n: int, shape: Shape, rng: Generator) -> torch.Tensor:
     """80 Million Tiny Images without those that the CIFAR list names."""
     length = path.stat().st_size
-    if length < 3072 / HELD_OUT or length % 3072:   # one image at least must fall into the test part
+    if length < 3072 / params.OUT_HELD_OUT or length % 3072:   # one image at least must fall into the test part
         raise UserError(f"{path} is empty or cut short: {length} bytes are not ten or more times 3072")
     excluded = None
     if (names := path.with_name("80mn_cifar_idxs.txt")).is_file():
@@ -128,7 +121,7 @@ def _random_images(path: Path, split: str, n: int, shape: Shape, rng: Generator)
     try:
         with warnings.catch_warnings(action="ignore"):       # what it says of odd headers
             source = np.lib.format.open_memmap(path, mode="r")   # never unpickles
-        if source.dtype != np.uint8 or source.shape[1:] != (32, 32, 3) or len(source) < 1 / HELD_OUT:
+        if source.dtype != np.uint8 or source.shape[1:] != (32, 32, 3) or len(source) < 1 / params.OUT_HELD_OUT:
             raise ValueError(f"{source.dtype} {list(source.shape)}, uint8 [N, 32, 32, 3] expected")
     except Exception as error:       # a header is read by Python's own parser, which raises what it likes
         reason = " ".join(str(error).split())[:120]
@@ -144,7 +137,7 @@ def _folder(out_dir: str | Path | None, split: str, n: int, shape: Shape, rng: G
     photos = sorted(list_images(out_dir), key=lambda path: _hash(path.relative_to(out_dir)))
     if len(photos) < 2:
         raise UserError(f"{out_dir} holds one photo: two or more are needed, for training and for testing")
-    held_out = max(1, int(len(photos) * HELD_OUT))
+    held_out = max(1, int(len(photos) * params.OUT_HELD_OUT))
     photos = photos[:held_out] if split == "test" else photos[held_out:]
     counts = np.full(len(photos), n // len(photos))
     counts[rng.permutation(len(photos))[:n % len(photos)]] += 1
@@ -163,6 +156,6 @@ def _photo(split: str, n: int, shape: Shape, rng: Generator) -> torch.Tensor:
     """n crops of scikit-learn's china.jpg: of the left of it to train on, of the right to test."""
     channels, size = shape
     photo = sample_photo("china.jpg", channels)
-    border = round(PHOTO_TRAIN * photo.width)
+    border = round(params.PHOTO_TRAIN * photo.width)
     left, right = (0, border) if split == "train" else (border, photo.width)
     return random_crops(photo.crop((left, 0, right, photo.height)), rng.random((n, 3)), size)

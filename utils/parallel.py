@@ -49,10 +49,10 @@ def local_rank() -> int:
 @contextlib.contextmanager
 def quiet():
     """Only rank 0 prints and shows progress; what ends the block is reported as ever."""
-    with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
-        if rank() > 0:
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
-            stack.enter_context(contextlib.redirect_stderr(nowhere))
+    if rank() == 0:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         yield
 
 

@@ -33,7 +33,7 @@ class Settings:
 
 def make_optimizer(model: Detector, settings: Settings) -> torch.optim.Optimizer:
     """Classifier with weight decay; mixture means and log-variances at lr_gmm without."""
-    groups = [{"params": list(model.base_model.parameters()), "lr": settings.lr,
+    groups = [{"params": list(model.base_model.parameters()), "initial_lr": settings.lr,
                "weight_decay": settings.weight_decay}]
     if isinstance(model, CCU):
         chosen = []
@@ -42,10 +42,14 @@ def make_optimizer(model: Detector, settings: Settings) -> torch.optim.Optimizer
             gmm.logvar.requires_grad_("var" in settings.grad_vars)
             chosen += [p for p in (gmm.mu, gmm.logvar) if p.requires_grad]
         if chosen:
-            groups.append({"params": chosen, "lr": settings.lr_gmm, "weight_decay": 0.0})
+            groups.append({"params": chosen, "initial_lr": settings.lr_gmm, "weight_decay": 0.0})
     if settings.optimizer == "adam":
-        return torch.optim.Adam(groups, fused=True)
-    return torch.optim.SGD(groups, momentum=params.MOMENTUM, nesterov=settings.optimizer == "nesterov", fused=True)
+        optimizer = torch.optim.Adam(groups, fused=True)
+    else:
+        optimizer = torch.optim.SGD(groups, momentum=params.MOMENTUM, nesterov=settings.optimizer == "nesterov",
+                                    fused=True)
+    set_lrs(optimizer, 1.0)
+    return optimizer
 
 
 def lr_factor(schedule: str, progress: float) -> float:
@@ -53,6 +57,12 @@ def lr_factor(schedule: str, progress: float) -> float:
     if schedule == "cosine":
         return (1 + math.cos(math.pi * progress)) / 2
     return 0.1 ** sum(progress >= milestone for milestone in params.MILESTONES)
+
+
+def set_lrs(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Learning rates of the step to come: each group's first one times `factor`."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
 
 
 def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet | None,
@@ -73,7 +83,6 @@ def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet |
     device = data.images.device
     model.to(memory_format=torch.channels_last)
     optimizer = make_optimizer(model, settings)
-    base_lrs = [group["lr"] for group in optimizer.param_groups]
     generators = {which: torch.Generator(device).manual_seed(settings.seed * 3 + i)
                   for i, which in enumerate(("in", "out", "noise"))}
     objective.constrain(model)
@@ -99,9 +108,7 @@ def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet |
         bar = tqdm(batches(data, settings.batch_size, generators["in"], augmentation), total=steps, leave=False,
                    desc=f"{name} epoch {epoch + 1}/{settings.epochs}", disable=None)
         for step, (x, y) in enumerate(bar):
-            factor = lr_factor(objective.schedule, (epoch + step / steps) / settings.epochs)
-            for group, lr in zip(optimizer.param_groups, base_lrs, strict=True):
-                group["lr"] = lr * factor
+            set_lrs(optimizer, lr_factor(objective.schedule, (epoch + step / steps) / settings.epochs))
             z = next(outs)[:len(x) * objective.out_batch_ratio] if outs is not None else None
             if step < done:
                 continue

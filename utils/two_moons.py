@@ -7,7 +7,7 @@ import params
 from models import CCU, Detector, PCAMetric, Softmax
 from utils import objectives
 from utils.fit import fit_gmm
-from utils.training import Settings, lr_factor, make_optimizer
+from utils.training import Settings, lr_factor, make_optimizer, set_lrs
 
 
 def points(seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -32,11 +32,9 @@ def train(train_type: str, x: Tensor, y: Tensor, epochs: int, seed: int = 0) -> 
     objective = objectives.OBJECTIVES[train_type]()
     settings = Settings("sgd", p.lr, p.lr_gmm, params.WEIGHT_DECAY, ("mu", "var"), epochs, p.batch_size, seed)
     optimizer = make_optimizer(model, settings)
-    base_lrs = [group["lr"] for group in optimizer.param_groups]
     generator = torch.Generator().manual_seed(seed)
     for epoch in range(epochs):
-        for group, lr in zip(optimizer.param_groups, base_lrs, strict=True):
-            group["lr"] = lr * lr_factor(objective.schedule, epoch / epochs)
+        set_lrs(optimizer, lr_factor(objective.schedule, epoch / epochs))
         for batch in torch.randperm(len(x), generator=generator).split(p.batch_size):
             z = torch.rand(len(batch), 2, generator=generator) if objective.needs_out else None
             loss, _ = objective(model, x[batch], y[batch], z, generator)

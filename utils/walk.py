@@ -19,7 +19,7 @@ class Walk:
     images: Tensor                  # [n, C, H, W]
     distance: Tensor                # [n] to the image where it begins
     confidence: dict[str, Tensor]   # label -> [n]
-    bound: dict[str, Tensor]        # method -> [n]: certified on the ball around the noise that reaches so far
+    bound: dict[str, Tensor]        # method -> [n]: certified on the ball around the noise that reaches to the point
     radius: dict[str, Tensor]       # method -> [n]: certified around each point at params.RATIO
 
 
