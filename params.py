@@ -114,8 +114,6 @@ EVAL_BATCH_SIZE = 1000   # images at a time                                     
 
 ACET_EPS = 0.3           # l_inf radius                                                     [Hein et al. 2019]
 ACET_STEPS = 40          # gradient steps                                                       [code]
-ACET_WARM_EPOCHS = 3     # epochs with                                                          [code]
-ACET_WARM_LAMBDA = 1e-3  # this lambda                                                          [code]
 
 METHODS = {
     "plain": Method(), "CEDA": Method(), "ACET": Method(), "CEDA_GMM": Method(), "DE": Method(),

@@ -102,7 +102,6 @@ def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet |
     for epoch in range(len(history), settings.epochs):
         start = time.monotonic() - seconds
         model.train()
-        objective.start_epoch(epoch)
         at_start = {which: generators[which].get_state() for which in ("in", "out")}
         outs = endless(out, out_batch, generators["out"], augmentation) if out is not None else None
         bar = tqdm(batches(data, settings.batch_size, generators["in"], augmentation), total=steps, leave=False,
