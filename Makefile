@@ -80,7 +80,7 @@ stale = $(shell test -f $(1).csv && test ! $(1).csv -nt $(2) && test "$$(cat $(2
 TABLE1 := results/table1_$(DATASET)
 TABLE2 := results/table2_$(DATASET)
 OF1 := $(strip $(LABELS)), $(STEPS) steps, $(RESTARTS) restarts
-OF2 := $(strip $(LABELS) $(EVAL_ARGS))
+OF2 := $(subst ",,$(subst ',,$(strip $(LABELS) $(EVAL_ARGS))))
 
 $(MODELS)/.table2: $(LABELS:%=$(MODELS)/%.pt) $(call stale,$(TABLE2),$(MODELS)/.table2,$(OF2)) | $(INSTALLED)
 	$(PY) gen_eval.py --dataset $(DATASET) --drop_mmc 0 $(DATA) $(call gpu,Base) --models $(LABELS) $(EVAL_ARGS) --output $(TABLE2)

@@ -52,6 +52,7 @@ def main(args):
     base_label = model_paths.sibling(label, "Base")
     base = load_models(args.dataset, [base_label], device)[base_label] if args.warmstart or calibrated else None
     mixtures = load_mixtures(args, out_name) if args.use_gmm else None
+    args.n = first(args.n, params.CENTROIDS)
     if args.resume and not base and is_there(path, args, out_name, mixtures):
         print(f"{path} is there")
         return

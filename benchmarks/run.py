@@ -7,9 +7,9 @@
 What is compared runs in turn, in one process, and medians count; the naive step, memory, and an epoch in two processes
 are measured in processes of their own.  Prints a table and one JSON line a figure, and writes these to
 results/benchmark_<machine>.json.  Where the target is an upper limit, a ratio is ours / baseline, where it is a
-lower one, how many times better ours is.  The baselines are written for this file,
-simply: naive = rotate every difference of an image and a centroid, as the published code does; scikit-learn's fit;
-scipy's brentq, point by point; a DataLoader with PIL transforms.  Nothing else should run beside it.  About 15 minutes
+lower one, how many times better ours is.  The baselines (baselines.py) are simple: naive = rotate every difference of
+an image and a centroid, as the published code does; scikit-learn's fit; scipy's brentq, point by point; a DataLoader
+with PIL transforms.  Nothing else should run beside it.  About 15 minutes
 on two cores.
 """
 

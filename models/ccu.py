@@ -14,7 +14,8 @@ class CCU(Detector):
     """p(y|x) = [ p(y|x,i) p(x|i) + lam/M p(x|o) ] / [ p(x|i) + lam p(x|o) ]   (README: Model).
 
     gmm_out=None is the single-mixture variant CCUs: p(x|o) = 1, the uniform density on the cube.
-    Both mixtures must share one metric (ValueError).  loglam = log p(o)/p(i).
+    Both mixtures must share one metric (ValueError); where gmm_out has an equal one it takes over gmm_in's.
+    loglam = log p(o)/p(i).
     """
 
     def __init__(self, base_model: nn.Module, gmm_in: GMM, gmm_out: GMM | None, loglam: float, classes: int):

@@ -52,7 +52,9 @@ class PCAMetric(nn.Module):
         return cls(torch.eye(D), torch.ones(D))
 
     def equals(self, other: "PCAMetric") -> bool:
-        return torch.equal(self.comp_vecs, other.comp_vecs) and torch.equal(self.singular_values, other.singular_values)
+        mine, others = (self.comp_vecs, self.singular_values), (other.comp_vecs, other.singular_values)
+        return all(a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+                   for a, b in zip(mine, others, strict=True))
 
     @property
     def dim(self) -> int:

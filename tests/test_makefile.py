@@ -83,6 +83,11 @@ def test_tables_of_other_models_are_made_anew(planned, folder):
         (folder / f"checkpoints/Digits/.table{i}").write_text(f"Base CCU{more}\n")       # as make leaves them
     assert planned("LABELS=Base CCU")[0] == []
     assert planned("LABELS=CCU")[0] == ["gen_eval", "gen_attack_stats"]
+    own = "EVAL_ARGS=--ood \"A=my photos\" B='b c'"
+    assert planned("LABELS=Base CCU", own) == (["gen_eval"], "")
+    (folder / "checkpoints/Digits/.table2").write_text("Base CCU --ood A=my photos B=b c\n")
+    assert planned("LABELS=Base CCU", own)[0] == []
+    (folder / "checkpoints/Digits/.table2").write_text("Base CCU\n")
     assert planned("LABELS=Base CCU", "STEPS=7")[0] == ["gen_attack_stats"]
     now = time.time_ns()
     os.utime(tables[1], ns=(now + HOUR, now + HOUR))      # as another command leaves it

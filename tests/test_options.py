@@ -125,14 +125,15 @@ def test_lr_gmm_and_grad_vars_reach_the_mixtures(options, lr, names, trained):
 
 
 @pytest.mark.parametrize("options, unused", [
-    ("CEDA --steps 7 --lr_gmm 0.1 --n 10", "--n, --lr_gmm, --steps"),
-    ("plain --n 100 --PCA 0 --grad_vars mu --metric mahalanobis", "--PCA, --metric, --grad_vars"),
-    ("EDL --n 100 --loglam 1", "--loglam"),
-    ("ACET --n 100 --steps 7 --loglam 1 --lr 0.1 --decay 0", ""),
+    ("CEDA --steps 7 --lr_gmm 0.1", "--n, --lr_gmm, --steps"),
+    ("plain --PCA 0 --grad_vars mu --metric mahalanobis", "--n, --PCA, --metric, --grad_vars"),
+    ("EDL --loglam 1", "--n, --loglam"),
+    ("ACET --steps 7 --loglam 1 --lr 0.1 --decay 0", "--n"),
     ("CEDA_GMM --fit_out 1 --lr_gmm 0.1 --grad_vars mu --loglam 1", ""),
-    ("plain --n 100 --loglam 1 --lr 0.1 --decay 0 --epochs 7", ""),
+    ("plain --loglam 1 --lr 0.1 --decay 0 --epochs 7", "--n"),
 ])
 def test_options_that_a_method_has_no_use_for_are_named(options, unused, trained, capsys):
+    """`trained` gives --n 10 to all."""
     trained(options)
     warnings = [line for line in capsys.readouterr().err.splitlines() if "no use" in line]
     assert len(warnings) == bool(unused)

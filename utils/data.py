@@ -137,8 +137,8 @@ def crop_flip(images: torch.Tensor, index: torch.Tensor, down: torch.Tensor, rig
 
 
 def pad(x: torch.Tensor, p: int, mode: str) -> torch.Tensor:
-    """uint8 [B, C, H, W] with p pixels more at each side, contiguous; float where black does not do: a GPU mirrors and
-    repeats floats only.  Modes are those of Augmentation.
+    """uint8 [B, C, H, W] with p pixels more at each side, contiguous; float unless the mode is constant, since a GPU
+    mirrors and repeats floats only.  Modes are those of Augmentation.
     """
     if mode == "constant":
         return F.pad(x, (p, p, p, p))

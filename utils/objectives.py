@@ -58,8 +58,8 @@ class Objective:
         draws = self.draw(x, z, generator)
         self.weight, (x, y, z, *draws) = parallel.shard(len(x), x, y, z, *draws)
         loss, scalars = self.loss(model, x, y, z, *draws)
-        scalars = {"loss": loss.detach()} | scalars
-        values = self.weight * torch.stack(list(scalars.values()))
+        scalars = {"loss": loss} | scalars
+        values = self.weight * torch.stack(list(scalars.values())).detach()
         return self.weight * loss, dict(zip(scalars, values, strict=True))
 
     def draw(self, x: Tensor, z: Tensor | None, generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -116,8 +116,8 @@ class ACET(Objective):
 
     z are out-images (ACET) or, uniform=True, uniform noise (ACET2).
 
-    Deviation: lambda is what it is from the start; the published code's is 0.001 in the first 3 epochs.  By then a
-    network is certain on its adversarial noise, where the largest log-confidence has no gradient left, for good.
+    Deviation: lambda is constant; the published code's is 0.001 in the first 3 epochs.  By then a network is certain on
+    its adversarial noise, where the largest log-confidence has no gradient left, for good.
     """
 
     def __init__(self, loglam: float, steps: int, uniform: bool):

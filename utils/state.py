@@ -30,7 +30,7 @@ class State:
         """What was saved, with tensors on the CPU; None where nothing was, or where the work is to start anew."""
         if not self.resume or not self.path.exists():
             return None
-        state = files.load(self.path, FORMAT, "start without --resume")
+        state = files.load(self.path, FORMAT, "remove it, or start without --resume")
         for key, value in self.options.items():
             if state["options"].get(key) != value:
                 raise UserError(f"{self.path} was made with {key} {state['options'].get(key)}, not {value}: use the "
