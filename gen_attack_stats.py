@@ -78,7 +78,10 @@ def main(args):
         result = {label: merge([units[label, b] for b in range(len(batches))]) for label in models}
         for label, model in models.items():
             log_p, scores_in = tested[label]
-            warn_stuck(f"{label} on {dataset}", model, seeds, radii, result[label])
+            if stuck := count_stuck(model, seeds, radii, result[label]):
+                notes.append(f"{dataset}: the attack on {label} gains nothing over {stuck} of {len(seeds)} seeds: the "
+                             "score may have no gradient there; its MMC, SR and AUC say little")
+                print(f"warning: {notes[-1]}", file=sys.stderr)
             rows[dataset, label] = statistics(model, log_p, scores_in, result[label]["score"], on_test.labels)
             if args.certify:
                 rows[dataset, label] |= certify(model, seeds.to(device), radii, scores_in)
@@ -198,14 +201,12 @@ def unit_folder(dataset, label, model, metric, seeds, radii, args):
     return folder
 
 
-def warn_stuck(what, model, seeds, radii, result) -> None:
-    """A line on stderr where the attack found nothing better than most of its seeds, and more was to be had."""
+def count_stuck(model, seeds, radii, result) -> int:
+    """How many seeds the attack found nothing better than, although more was to be had; 0 if not most of them."""
     stuck = (result["samples"] == seeds).flatten(1).all(1) & (radii > 0)
     if model.score_is_confidence:
         stuck &= result["score"] < math.log(0.999)
-    if stuck.sum() > len(seeds) / 2:
-        print(f"warning: the attack on {what} gains nothing over {int(stuck.sum())} of {len(seeds)} seeds: the score "
-              "may have no gradient there; its MMC, SR and AUC say little", file=sys.stderr)
+    return int(stuck.sum()) if stuck.sum() > len(seeds) / 2 else 0
 
 
 def statistics(model, log_p, scores_in, attacked, labels) -> dict:
