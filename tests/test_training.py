@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import run_script
 
+import params
 import run_training
 from utils import load_model
 from utils.out_data import load_out
@@ -106,3 +107,12 @@ def test_amp_without_bf16_arithmetic_says_that_it_is_slower(known, slow, tmp_pat
     with pytest.raises(SystemExit):     # there is no MNIST here
         run_script("run_training.py --dataset MNIST --train_type plain --amp 1 --gpu -1")
     assert ("warning: this machine only imitates bf16" in capsys.readouterr().err) == slow
+
+
+def test_acet_learns_to_be_unsure_of_its_adversarial_noise(tmp_path, monkeypatch):
+    """Once a network is certain there, the loss has no gradient that could mend it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(params, "OUT_CROPS", 2_000)
+    run_script("run_training.py --dataset Digits --train_type ACET --fit_out 1 --steps 5 --epochs 6")
+    last = json.loads(Path("checkpoints/Digits/ACET.json").read_text())["history"][-1]
+    assert last["confidence_out"] < 0.4 and last["confidence_in"] > 0.5 and last["accuracy"] > 0.7
