@@ -9,8 +9,7 @@ are measured in processes of their own.  Prints a table and one JSON line a figu
 results/benchmark_<machine>.json.  Where the target is an upper limit, a ratio is ours / baseline, where it is a
 lower one, how many times better ours is.  The baselines (baselines.py) are simple: naive = rotate every difference of
 an image and a centroid, as the published code does; scikit-learn's fit; scipy's brentq, point by point; a DataLoader
-with PIL transforms.  Nothing else should run beside it.  About 15 minutes
-on two cores.
+with PIL transforms.  Nothing else should run beside it.  About 15 minutes on two cores.
 """
 
 import json

@@ -41,8 +41,8 @@ class Objective:
     """Called once a step with a batch x, y of the in-distribution and out-images z; returns the loss and
     scalars to log, the loss first, as tensors on the device.
 
-    Of several processes (utils/parallel.py) each is called with the whole batch and takes its part; what they return
-    adds up to the batch's.
+    Of several processes (utils/parallel.py) each is called with the whole batch and takes its part: the losses add up
+    to the batch's, and so do the scalars times `weight`, the share of the part.
     """
 
     needs_out = True            # takes out-images
@@ -58,9 +58,7 @@ class Objective:
         draws = self.draw(x, z, generator)
         self.weight, (x, y, z, *draws) = parallel.shard(len(x), x, y, z, *draws)
         loss, scalars = self.loss(model, x, y, z, *draws)
-        scalars = {"loss": loss} | scalars
-        values = self.weight * torch.stack(list(scalars.values())).detach()
-        return self.weight * loss, dict(zip(scalars, values, strict=True))
+        return self.weight * loss, {"loss": loss.detach()} | scalars
 
     def draw(self, x: Tensor, z: Tensor | None, generator: torch.Generator) -> tuple[Tensor, ...]:
         """The step's random numbers, a row or more an image."""

@@ -119,7 +119,7 @@ def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet |
             parallel.sum_gradients(model.parameters())
             optimizer.step()
             objective.constrain(model)
-            values = parallel.sum_tensor(torch.stack(list(scalars.values())))                   # [S]
+            values = parallel.sum_tensor(objective.weight * torch.stack(list(scalars.values())).detach())   # [S]
             totals = totals + values * len(x)
             if verbose and main:
                 for scalar, value in zip(scalars, values.tolist(), strict=True):
