@@ -18,7 +18,8 @@ import model_paths
 import params
 from models import PCAMetric
 from utils import cli, files
-from utils.data import Augmentation, ImageSet, augment, load_in_dist
+from utils.batches import Augmentation, ImageSet, augment
+from utils.data import load_in_dist
 from utils.errors import UserError
 from utils.fit import fit_gmm
 from utils.out_data import load_out, resolve

@@ -23,8 +23,9 @@ import model_paths
 import params
 from models import CCU, DE, EDL, MCD, Detector, Softmax, build_classifier
 from utils import cli, files, objectives, parallel, records
+from utils.batches import Augmentation
 from utils.calibration import calibrate
-from utils.data import Augmentation, load_in_dist
+from utils.data import load_in_dist
 from utils.errors import UserError
 from utils.evaluation import evaluate, test_error, warn_near_chance
 from utils.out_data import load_out, resolve

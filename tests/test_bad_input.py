@@ -467,7 +467,8 @@ import numpy as np, torch
 from pathlib import Path
 from PIL import Image
 from utils import files
-from utils.data import ImageSet, read_idx
+from utils.batches import ImageSet
+from utils.data import read_idx
 from utils.errors import UserError
 from utils.images import read_images
 from utils.out_data import load_out

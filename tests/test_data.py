@@ -15,18 +15,12 @@ from PIL import Image
 from scipy.io import savemat
 from scipy.ndimage import gaussian_filter
 
-from utils import data, noise, out_data
-from utils.data import (
-    Augmentation,
-    ImageSet,
-    augment,
-    batches,
-    endless,
-    load_in_dist,
-    load_ood,
-    load_ood_folder,
-)
+import utils.data
+from utils import noise, out_data
+from utils.batches import Augmentation, ImageSet, augment, batches, draw_crops, endless
+from utils.data import load_in_dist, load_ood, load_ood_folder
 from utils.errors import MissingData, UserError
+from utils.images import random_crops, shape_like
 from utils.out_data import load_out, resolve
 from utils.torchvision_guard import datasets
 
@@ -74,7 +68,7 @@ def test_augment_is_pad_crop_and_flip(channels, augmentation):
     images = random_set(30, channels, 12).images
     index = torch.randint(0, 30, (200,), generator=generator(1))
     fast = augment(images, index, augmentation, generator(5))
-    down, right, flip = data.draw_crops(200, augmentation, generator(5))
+    down, right, flip = draw_crops(200, augmentation, generator(5))
     p = augmentation.crop
     for i in range(200):
         padded = np.pad(images[index[i]].numpy(), ((0, 0), (p, p), (p, p)), mode=augmentation.pad_mode)
@@ -85,12 +79,12 @@ def test_augment_is_pad_crop_and_flip(channels, augmentation):
 
 
 def test_augment_draws():
-    down, right, flip = data.draw_crops(20_000, Augmentation(2, "constant", True), generator())
+    down, right, flip = draw_crops(20_000, Augmentation(2, "constant", True), generator())
     cropped = (down != 0) | (right != 0)
     assert abs(cropped.float().mean() - 0.5 * 24 / 25) < 0.02 and abs(flip.float().mean() - 0.5) < 0.02
     assert set(down.tolist()) == set(right.tolist()) == {-2, -1, 0, 1, 2}
     assert abs(np.corrcoef(cropped, flip)[0, 1]) < 0.03
-    assert not data.draw_crops(100, Augmentation(2, "constant", False), generator())[2].any()
+    assert not draw_crops(100, Augmentation(2, "constant", False), generator())[2].any()
     with pytest.raises(ValueError, match="generator"):
         augment(random_set(4).images, torch.arange(4), Augmentation(2, "constant", False), None)
 
@@ -250,7 +244,7 @@ def test_failed_download_is_one_line(tmp_path, monkeypatch):
         def __init__(self, *args, **kwargs):
             raise RuntimeError("Error downloading:\nTried somewhere")
 
-    monkeypatch.setattr(data, "datasets", lambda: type("module", (), {"MNIST": Offline, "CIFAR10": Offline}))
+    monkeypatch.setattr(utils.data, "datasets", lambda: type("module", (), {"MNIST": Offline, "CIFAR10": Offline}))
     for name in ("MNIST", "CIFAR10"):
         with pytest.raises(MissingData, match="Tried somewhere") as error:
             load_in_dist(name, "train", tmp_path, download=True)
@@ -379,7 +373,7 @@ def test_ood_folder_of_mixed_files(tmp_path, capsys):
 @pytest.mark.parametrize("source", [1, 3])
 def test_shape_like_is_pillows(source, channels, size):
     images = random_set(6, source, 32).images
-    shaped = data.shape_like(images, channels, size).numpy()
+    shaped = shape_like(images, channels, size).numpy()
     for fast, image in zip(shaped, images, strict=True):
         slow = Image.fromarray(image[0].numpy() if source == 1 else image.permute(1, 2, 0).numpy())
         slow = slow.convert("L" if channels == 1 else "RGB").resize((size, size), Image.Resampling.BILINEAR)
@@ -390,7 +384,7 @@ def test_shape_like_is_pillows(source, channels, size):
 def test_random_crops():
     ramp = np.broadcast_to(np.arange(200, dtype=np.uint8)[None], (100, 200))   # grey value = column
     where = RNG.random((300, 3))
-    crops = data.random_crops(Image.fromarray(ramp), where, 20).float()
+    crops = random_crops(Image.fromarray(ramp), where, 20).float()
     side = 100 * 0.2 ** where[:, 0]
     middle = (200 - side) * where[:, 1] + side / 2 - 0.5
     assert crops.shape == (300, 1, 20, 20)
@@ -398,8 +392,8 @@ def test_random_crops():
     assert np.abs((crops[:, 0, 10, -3] - crops[:, 0, 10, 2]).numpy() - 15 / 20 * side).max() < 3
     small = Image.fromarray(RNG.integers(0, 256, (20, 20), dtype=np.uint8))
     whole = torch.from_numpy(np.asarray(small).copy())
-    assert (data.random_crops(small, where[:5], 20) == whole).all()
-    assert data.random_crops(small, where[:5], 28).shape == (5, 1, 28, 28)
+    assert (random_crops(small, where[:5], 20) == whole).all()
+    assert random_crops(small, where[:5], 28).shape == (5, 1, 28, 28)
 
 
 # --- noise -------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import params
 from models import PCAMetric, Softmax, build_classifier
 from utils import load_model, save_model
 from utils.attack import attack
-from utils.data import ImageSet
+from utils.batches import ImageSet
 from utils.evaluation import evaluate
 
 if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):

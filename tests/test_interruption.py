@@ -37,7 +37,7 @@ import utils.state
 from models import CCU, GMM, PCAMetric, Softmax
 from models.classifiers import CLASSIFIERS, LeNet
 from utils import files
-from utils.data import ImageSet
+from utils.batches import ImageSet
 
 TRAIN = "run_training.py --dataset Digits --augm_flag 1 --batch_size 8"
 JOBS = {

@@ -29,7 +29,8 @@ from models import (
     build_classifier,
 )
 from utils import calibration, cli, files, load_model, save_model
-from utils.data import ImageSet, load_in_dist
+from utils.batches import ImageSet
+from utils.data import load_in_dist
 from utils.errors import UserError
 from utils.evaluation import auroc
 from utils.imported import import_state_dict

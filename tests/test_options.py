@@ -12,7 +12,8 @@ import run_training
 import utils.training as training
 from models import CCU, CLASSIFIERS, GMM, PCAMetric, Softmax
 from utils import load_model
-from utils.data import Augmentation, ImageSet, load_in_dist
+from utils.batches import Augmentation, ImageSet
+from utils.data import load_in_dist
 from utils.objectives import CEDA, CEDA_GMM, OE, Objective
 from utils.out_data import load_out
 from utils.state import State

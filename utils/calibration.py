@@ -12,7 +12,7 @@ from tqdm import tqdm
 import params
 from models import ODIN, Detector, Maha, Softmax
 from models.detectors import Perturbed
-from utils.data import ImageSet, batches
+from utils.batches import ImageSet, batches
 from utils.errors import UserError
 from utils.evaluation import auroc, full_precision
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from models import Detector
-from utils.data import ImageSet, batches
+from utils.batches import ImageSet, batches
 from utils.errors import UserError
 
 

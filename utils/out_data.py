@@ -14,7 +14,8 @@ import torch
 from numpy.random import Generator
 
 import params
-from utils.data import PLAIN, ImageSet, load_plain
+from utils.batches import ImageSet
+from utils.data import PLAIN, load_plain
 from utils.errors import MissingData, UserError, check_name
 from utils.images import list_images, random_crops, read_images, sample_photo, shape_like
 

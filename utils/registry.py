@@ -7,7 +7,7 @@ import torch
 import model_paths
 from models import CCU, Detector
 from utils import files
-from utils.data import ImageSet
+from utils.batches import ImageSet
 from utils.errors import UserError, check_name
 
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 import params
 from models import CCU, Detector
 from utils import parallel
-from utils.data import Augmentation, ImageSet, batches, endless, epoch_length
+from utils.batches import Augmentation, ImageSet, batches, endless, epoch_length
 from utils.errors import UserError
 from utils.objectives import Objective
 from utils.state import State
