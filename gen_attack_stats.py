@@ -63,7 +63,9 @@ def main(args):
         start = time.monotonic()
         on_test = test.to(device)       # a model that gives NaN is found before the attack, not after
         tested = {label: evaluation.evaluate(model, on_test, params.EVAL_BATCH_SIZE) for label, model in models.items()}
-        parts = {label: unit_folder(dataset, label, model, metric, seeds, radii, args)
+        chosen = torch.randperm(len(test), generator=torch.Generator().manual_seed(args.seed))[:params.ATTACK_IMAGES]
+        images = test.floats(chosen)
+        parts = {label: unit_folder(dataset, label, model, metric, seeds, radii, images, args)
                  for label, model in models.items()}
         finished += parts.values()
         parallel.barrier()      # rank 0 has emptied the folders
@@ -71,7 +73,7 @@ def main(args):
         units = {(label, b): parts[label] / f"{b}.pt" for label in models for b in range(len(batches))}
         for label, b in list(units)[parallel.rank()::parallel.world_size()]:
             if not units[label, b].exists():
-                attack_batch(label, models[label], metric, b, *batches[b], units[label, b], args, device)
+                attack_batch(label, models[label], metric, images, b, *batches[b], units[label, b], args, device)
         parallel.barrier()
         if parallel.rank() > 0:
             continue
@@ -168,14 +170,14 @@ def load_seeds(path: str, dataset: str, shape: tuple[int, ...]) -> torch.Tensor:
     return seeds
 
 
-def attack_batch(label, model, metric, b, x, r, path, args, device) -> None:
+def attack_batch(label, model, metric, images, b, x, r, path, args, device) -> None:
     """Worst samples and their scores of batch b, seeds x and radii r; kept in `path`, for --resume 1 too."""
     generator = torch.Generator().manual_seed(args.seed * 1000 + b)
     # another --points, as when memory ran out, repeats this batch and keeps those that are done
     state = State(path.with_suffix(f".{args.points}.state"), {}, resume=True)
     with tqdm(desc=f"{label}, batch {b + 1}", total=args.steps, leave=False, disable=None) as bar:
         found = attack(model, metric, x.to(device), r.to(device), args.steps, args.restarts, args.alpha, generator,
-                       batch=args.points, progress=bar.update, state=state)
+                       batch=args.points, progress=bar.update, state=state, images=images)
     with torch.no_grad(), evaluation.full_precision():
         unit = {"samples": found.samples.cpu(), "score": model.score(found.samples).cpu(),
                 "prediction": model(found.samples).argmax(1).cpu(), "seed_score": model.score(x.to(device)).cpu()}
@@ -191,10 +193,11 @@ def merge(paths) -> dict:
     return {key: torch.cat([unit[key] for unit in units]) for key in units[0]}
 
 
-def unit_folder(dataset, label, model, metric, seeds, radii, args):
+def unit_folder(dataset, label, model, metric, seeds, radii, images, args):
     """Where a model's finished batches are kept: named after all that decides them, emptied unless --resume 1."""
     folder = model_paths.attack_units(dataset, label, files.digest(
-        dataset, label, args.steps, args.restarts, args.alpha, args.batch_size, args.seed, seeds, radii, metric, model))
+        dataset, label, args.steps, args.restarts, args.alpha, args.batch_size, args.seed, seeds, radii, images, metric,
+        model))
     files.lock(folder)
     if folder.exists() and not args.resume and parallel.rank() == 0:
         shutil.rmtree(folder)

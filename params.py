@@ -109,6 +109,7 @@ RATIO = 1.1              # radii are certified for a confidence of at most this 
 ATTACK_STEPS, ATTACK_RESTARTS = 500, 50     # of Table 1                                        [code]
 ATTACK_ALPHA = 3.0       # first step in tenths of the radius                   [ours; code: in the metric's units]
 ATTACK_POINTS = 500      # attacked at once                                                     [ours]
+ATTACK_IMAGES = 1000     # test images; a search without a gradient begins on the way to one        [ours]
 ATTACK_BATCHES, ATTACK_BATCH_SIZE = 2, 100  # of seeds                                          [code]
 EVAL_BATCH_SIZE = 1000   # images at a time                                                     [ours]
 

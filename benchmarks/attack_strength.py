@@ -18,8 +18,9 @@ import torch
 import params
 from models import CCU, certified_radius
 from utils import cli
-from utils.attack import Region, ascend, score_and_gradient
+from utils.attack import ascend, score_and_gradient
 from utils.data import load_in_dist
+from utils.region import Region
 from utils.registry import load_ccu, load_models
 
 CHECKPOINTS = (10, 25, 50, 100)

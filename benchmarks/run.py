@@ -37,12 +37,14 @@ from baselines import NaiveCCU, brentq_radius, pil_epoch
 import params
 from models import CCU, GMM, PCAMetric, Softmax, build_classifier, certified_radius
 from utils import cli, files, records
-from utils.attack import Region, ascend, attack, score_and_gradient
-from utils.data import Augmentation, ImageSet, batches, load_in_dist
+from utils.attack import ascend, attack, score_and_gradient
+from utils.batches import Augmentation, ImageSet, batches
+from utils.data import load_in_dist
 from utils.errors import MissingData
 from utils.evaluation import evaluate
 from utils.fit import em, fit_gmm, kmeans_start
 from utils.objectives import CEDA, CEDA_GMM, Plain
+from utils.region import Region
 from utils.state import State
 from utils.tables import benchmark_cells
 from utils.training import Settings, make_optimizer, train

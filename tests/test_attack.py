@@ -9,7 +9,8 @@ from scipy.optimize import minimize
 
 from models.detectors import Detector
 from models.metric import PCAMetric
-from utils.attack import Region, attack, distances, linf_pgd, unit_ball
+from utils.attack import attack, linf_pgd, nearest, unit_ball
+from utils.region import Region, distances
 
 
 class Function(torch.nn.Module):
@@ -205,6 +206,34 @@ def test_vanishing_gradients_are_still_followed():
     f = Function(lambda x: 1e-25 * x.sum(1))
     found = attack(f, metric, seeds, torch.ones(1), steps=30, restarts=1, generator=gen(0))
     assert found.samples.mean() > 0.2
+
+
+def test_leaves_a_plateau_on_the_way_to_images():
+    """A rectified linear score that is 0, without a gradient, at every seed, and positive near the images."""
+    D, B = 12, 5
+    metric, w = random_metric(D, 100, seed=3, dtype=torch.float64), torch.ones(D, dtype=torch.float64)
+    score = Function(lambda x: (x @ w - 0.8 * D).clamp_min(0))
+    seeds, images = 0.3 * seeds_of(B, D, dtype=torch.float64), 0.9 + 0.1 * seeds_of(4, D, 1, torch.float64)
+    radii = distances(metric, seeds.flatten(1), images[0].flatten().expand(B, D))
+    stuck = attack(score, metric, seeds, radii, steps=60, restarts=2, generator=gen(0))
+    assert torch.equal(stuck.samples, seeds) and (stuck.attack_score == 0).all()
+    found = attack(score, metric, seeds, radii, steps=60, restarts=2, generator=gen(0), images=images)
+    assert (found.distance <= radii).all() and (found.attack_score > 0).all()
+    slopes = Function(lambda x: x @ w)
+    best = attack(slopes, metric, seeds, radii, steps=60, restarts=2, generator=gen(0)).attack_score - 0.8 * D
+    assert torch.allclose(found.attack_score, best, rtol=1e-2)
+    # where every start has a gradient, images change nothing
+    assert torch.equal(attack(slopes, metric, seeds, radii, 9, 2, generator=gen(0)).samples,
+                       attack(slopes, metric, seeds, radii, 9, 2, generator=gen(0), images=images).samples)
+
+
+def test_nearest_images_by_brute_force():
+    metric, seeds, images = random_metric(8, 100, 0), seeds_of(5, 8), seeds_of(7, 8, 1)
+    found = nearest(metric, seeds, images, 9)
+    for seed, ours in zip(seeds.flatten(1), found, strict=True):
+        d = distances(metric, images.flatten(1), seed.expand(7, 8))
+        expected = images.flatten(1)[d.argsort()]
+        assert torch.equal(ours, torch.cat((expected, expected[:2])))      # over again
 
 
 def test_progress_counts_to_steps():

@@ -8,8 +8,8 @@ from torch import Tensor
 import params
 from models import CCU, Detector, certified_radius, confidence_bound
 from models.certificate import METHODS
-from utils.attack import distances
 from utils.errors import UserError
+from utils.region import distances
 
 
 @dataclass
