@@ -4,15 +4,16 @@
 
 Seeds are uniform noise; around each the CCU model (CCUs without --fit_out 1) certifies a radius within which its
 confidence stays below 1.1/M.  Every model is attacked in the same balls, intersected with the unit cube, by
-projected gradient ascent on its score.  Rows: TE test error, MMC mean maximal confidence, SR share of attacked points
-that score at least as high as half of the test images, AUC of test images against attacked points.  Writes the table
-to results/ and seeds, radii, samples and scores to results/backup/ (README, "Backups").  torchrun --nproc_per_node=N
-gen_attack_stats.py ... shares the batches of all models out over N processes.  On two CPU cores the default takes half
-an hour a LeNet; --steps 100 --restarts 2 is for trying it out.
+projected gradient ascent on its score (a search whose start has no gradient begins on the way to a test image).
+Rows: TE test error, MMC mean maximal confidence, SR share of attacked points that score at least as high as half of
+the test images, AUC of test images against attacked points.  Writes the table to results/ and seeds, radii, samples
+and scores to results/backup/ (README, "Backups").  torchrun --nproc_per_node=N gen_attack_stats.py ... shares the
+batches of all models out over N processes.  On two CPU cores the default takes half an hour a LeNet; --steps 100
+--restarts 2 is for trying it out.
 
 --certify 1 adds, for models with a certificate: mean and median radius by both bounds, the mean of the certified upper
-bounds on the confidence in the attacked balls, the share of balls where it is at most 1.1/M, and GAUC, the AUROC of
-the test images' scores against these bounds, which no attack in the balls can lower.
+bounds (the tight ones) on the confidence in the attacked balls, the share of balls where it is at most 1.1/M, and
+GAUC, the AUROC of the test images' scores against these bounds, which no attack in the balls can lower.
 """
 
 import math
@@ -261,18 +262,20 @@ def parser() -> cli.Parser:
     p.add_argument("--batches", type=cli.integer(1), default=params.ATTACK_BATCHES,
                    help=f"batches of seeds ({params.ATTACK_BATCHES})")
     p.add_argument("--batch_size", type=cli.integer(1), default=params.ATTACK_BATCH_SIZE,
-                   help=f"seeds in a batch ({params.ATTACK_BATCH_SIZE})")
+                   help=f"seeds in a batch; memory depends on --points ({params.ATTACK_BATCH_SIZE})")
     p.add_argument("--points", type=cli.integer(1), default=params.ATTACK_POINTS, help="points attacked at once, on "
                    f"the device: a matter of memory and speed ({params.ATTACK_POINTS})")
-    p.add_argument("--out_seeds", type=cli.flag, default=False, help="1 = seeds are test draws of the "
-                   "out-distribution instead of uniform noise (0)")
-    p.add_argument("--load_seeds", metavar="FILE", help="seeds of an earlier run, a file of results/backup")
+    p.add_argument("--out_seeds", type=cli.flag, default=False, help="1 = seeds are test draws of "
+                   "--out_dataset instead of uniform noise (0)")
+    p.add_argument("--load_seeds", metavar="FILE", help="seeds of an earlier run: a "
+                   "results/backup/table1_*.pt")
     p.add_argument("--seeds", choices=KNOWN_OOD, metavar="SET", help="seeds are images of this OOD test set "
                    "instead of uniform noise")
     p.add_argument("--radius", type=cli.number(0), help="attack in balls of this radius, in units of the metric, "
                    "instead of the certified ones")
     p.add_argument("--certify", type=cli.flag, default=False, help="1 = add radii, certified bounds and GAUC (0)")
-    p.add_argument("--drop_mmc", type=cli.flag, default=False, help="1 = without MMC (0)")
+    p.add_argument("--drop_mmc", type=cli.flag, default=False, help="1 = leave out MMC, the mean "
+                   "maximal confidence (0)")
     p.add_argument("--wide_format", type=cli.flag, default=False, help="1 = one column per label (0)")
     p.add_argument("--vertical", type=cli.flag, default=False, help="without --wide_format: 1 = data sets below each "
                    "other (0)")

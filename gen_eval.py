@@ -4,8 +4,8 @@
 
 Evaluates every model under checkpoints/<dataset>/ and writes the table to results/ as .csv and .txt (LaTeX), a
 second one with FPR at 95 % TPR (OOD positive), how the models were trained (_runs.json), and all scores to
-results/backup/.  What is not there is named: OOD sets with ways to get them, models with the command that trains the
-first.  On two CPU cores a LeNet takes seconds, a ResNet18 some eight minutes.
+results/backup/.  What is not there is named: OOD sets, and how to get them; models that are not trained, and the
+command that trains the first.  On two CPU cores a LeNet takes seconds, a ResNet18 some eight minutes.
 """
 
 import contextlib
@@ -143,7 +143,8 @@ def parser() -> cli.Parser:
     p.add_argument("--models", nargs="+", metavar="LABEL", help="labels (all that are trained)")
     p.add_argument("--batch_size", type=cli.integer(1), default=params.EVAL_BATCH_SIZE,
                    help=f"images at a time ({params.EVAL_BATCH_SIZE})")
-    p.add_argument("--drop_mmc", type=cli.flag, default=False, help="1 = AUC only, 0 = mean confidence too (0)")
+    p.add_argument("--drop_mmc", type=cli.flag, default=False, help="1 = leave out MMC, the mean "
+                   "maximal confidence (0)")
     p.add_argument("--aupr", type=cli.flag, default=False, help="1 = average precision instead of AUC (0)")
     p.add_argument("--ood", nargs="+", type=cli.assignment, default=[], metavar="NAME=FOLDER",
                    help="more OOD sets: folders of images")

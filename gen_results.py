@@ -45,8 +45,13 @@ def short() -> str:
         if name not in there:
             continue
         with explained_tables(name):
-            figures = over_seeds(read_figures(name, read_runs(name)))
-            parts.append(markdown(figures[[label for label in labels if label in figures]].map(show)))
+            runs = read_runs(name)
+            figures = over_seeds(read_figures(name, runs))
+            shown = [label for label in labels if label in figures]
+            epochs = sorted({runs[label]["epochs"] for label in shown if "epochs" in runs[label]})
+            trained = f"{' and '.join(map(str, epochs))} epochs" if epochs else "epochs unknown"
+            parts.append(f"{heading(dataset_of(name), runs)}, {trained}:\n\n"
+                         + markdown(figures[shown].map(show)))
     return "\n".join(parts)
 
 
@@ -95,7 +100,7 @@ def section(name: str) -> str:
     """Heading, how the models were made, our figures, ours beside the authors'."""
     runs = read_runs(name)
     figures = over_seeds(read_figures(name, runs))
-    text = f"### {name}, {next(iter(runs.values()))['arch']}\n\n{how(name, runs)}\n" + markdown(figures.map(show))
+    text = f"### {heading(name, runs)}\n\n{how(name, runs)}\n" + markdown(figures.map(show))
     authors = read_authors(dataset_of(name))
     rows = [row for row in figures.index if published(row) in authors.index]
     both = {label: [beside(figures.loc[row, label], authors.loc[published(row), label]) for row in rows]
@@ -107,6 +112,10 @@ def section(name: str) -> str:
         text += (f"\nOurs / the authors' of May 2019, of {params.EPOCHS} epochs (difference):\n\n"
                  + markdown(pd.DataFrame(both, rows)))
     return text + "\n"
+
+
+def heading(name: str, runs: dict) -> str:
+    return f"{name}, {next(iter(runs.values()))['arch']}"
 
 
 def read_runs(name: str) -> dict:

@@ -54,7 +54,7 @@ class CCU(Detector):
         """log( confidence - 1/M ) [B] = log( max_y p(y|x,i) - 1/M ) + log p(i|x).
 
         An increasing function of the score.  Far out the score is log 1/M to machine precision and its
-        gradient 0; this one climbs the classifier's confidence and the log-density ratio, and is never flat.
+        gradient 0; this one climbs the classifier's confidence and the log-density ratio, which is not flat there.
         """
         confidence = self.log_softmax(x).amax(1).exp()
         log_p_in, log_p_out = self.log_densities(x)

@@ -18,13 +18,20 @@ from utils.out_data import KNOWN_OUT
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4       # of glibc's malloc.h
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows a flag's values."""
+
+    def _get_default_metavar_for_optional(self, action):
+        return "0|1" if action.type is flag else super()._get_default_metavar_for_optional(action)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, exit code 2, and name the closest known value."""
 
     def __init__(self, doc: str):
         summary, _, details = doc.strip().partition("\n\n")
         super().__init__(description=summary, epilog=details, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
+                         formatter_class=HelpFormatter)
         self.shared = self.add_argument_group("common")
         self.shared.add_argument("--debug", type=flag, default=False, help="1 = show the traceback of an error (0)")
 
@@ -77,8 +84,9 @@ class Parser(argparse.ArgumentParser):
         return self.image_size()
 
     def image_size(self) -> "Parser":
-        self.add_argument("--image_size", type=size, default=params.IMAGE_SIZE, metavar="N", help="of --dataset "
-                          f"Folder, whose images are resized to N x N; a multiple of 4, 8 to 64 ({params.IMAGE_SIZE})")
+        self.add_argument("--image_size", type=size, default=params.IMAGE_SIZE, metavar="N", help="of the data "
+                          "set Folder, whose images are resized to N x N; a multiple of 4, 8 to 64 "
+                          f"({params.IMAGE_SIZE})")
         return self
 
     def out_dataset(self) -> "Parser":
