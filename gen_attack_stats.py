@@ -135,28 +135,29 @@ def prepare(dataset: str, args, device):
     for label, model in models.items():
         if args.certify and isinstance(model, CCU) and not model.gmm_in.metric.equals(metric):
             raise UserError(f"--certify 1: the metrics of {label} and {ball} differ; leave {label} out of --models")
-    shape = tuple(test.images.shape[1:])
-    if args.load_seeds:
-        seeds = load_seeds(args.load_seeds, dataset, shape)
-    else:
-        n = args.batches * args.batch_size
-        if args.seeds:
-            seeds = load_ood(args.seeds, test, args.data_dir, args.download, args.seed, n).floats()
-            if len(seeds) < n:
-                raise UserError(f"--seeds {args.seeds}: it has {len(seeds)} images, {n} are asked for")
-        elif args.out_seeds:
-            out = load_out(args.out_dataset, test, args.data_dir, args.out_dir, split="test", n=n, seed=args.seed,
-                           download=args.download)
-            if len(out) < n:
-                raise UserError(f"--out_seeds 1: {out.name} has {len(out)} test draws, {n} are asked for")
-            seeds = out.floats(slice(n))
-        else:
-            seeds = torch.rand(n, *shape, generator=torch.Generator().manual_seed(args.seed))
+    seeds = make_seeds(args, dataset, test)
     if args.radius is not None:
         radii = torch.full((len(seeds),), args.radius, dtype=torch.float64)
     else:
         radii = parallel.broadcast(certified_radius(ccu, seeds.to(device), params.RATIO, args.certificate).cpu())
     return models, metric, test, seeds, radii
+
+
+def make_seeds(args, dataset: str, test) -> torch.Tensor:
+    """[N, C, H, W]: those of --load_seeds, images of --seeds, test draws (--out_seeds 1), or uniform noise."""
+    shape, n = tuple(test.images.shape[1:]), args.batches * args.batch_size
+    if args.load_seeds:
+        return load_seeds(args.load_seeds, dataset, shape)
+    if args.seeds:
+        source = load_ood(args.seeds, test, args.data_dir, args.download, args.seed, n)
+    elif args.out_seeds:
+        source = load_out(args.out_dataset, test, args.data_dir, args.out_dir, split="test", n=n, seed=args.seed,
+                          download=args.download)
+    else:
+        return torch.rand(n, *shape, generator=torch.Generator().manual_seed(args.seed))
+    if len(source) < n:
+        raise UserError(f"{source.name} has {len(source)} images to start from, {n} are asked for")
+    return source.floats()
 
 
 def load_seeds(path: str, dataset: str, shape: tuple[int, ...]) -> torch.Tensor:

@@ -40,9 +40,9 @@ def without_seed(label: str) -> str:
     return re.sub(r"-seed\d+$", "", label)
 
 
-def sibling(label: str, of: str) -> str:
-    """The label `of` with the seed of `label`: Base for ODIN, Base-seed1 for ODIN-seed1."""
-    return of + label.removeprefix(without_seed(label))
+def base_of(label: str) -> str:
+    """The model that a label builds on: Base for ODIN, Base-seed1 for ODIN-seed1."""
+    return "Base" + label.removeprefix(without_seed(label))
 
 
 def options(label: str) -> str:

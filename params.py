@@ -29,7 +29,7 @@ class Dataset:
 class Method:
     """Where a --train_type departs from its data set's way of training; None = it does not."""
 
-    arch: str = "arch"         # which of the data set's classifiers
+    network: str = "arch"      # which of the data set's classifiers: the name of a field of Dataset
     optimizer: str | None = None
     lr: float | None = None    # None = LR of the optimizer
     weight_decay: float | None = None
@@ -120,8 +120,8 @@ METHODS = {
     "plain": Method(), "CEDA": Method(), "ACET": Method(), "CEDA_GMM": Method(), "DE": Method(),
     "OE": Method(optimizer="nesterov"),                                         # [Hendrycks et al. 2019]
     "EDL": Method(optimizer="adam"),                                            # [ours]
-    "MCD": Method(arch="arch_dropout", optimizer="adam", lr=2e-4, weight_decay=0.0),            # [ours]
-    "GAN": Method(arch="arch_gan", optimizer="adam", lr=2e-4),                  # [Lee et al. 2018, confident]
+    "MCD": Method(network="arch_dropout", optimizer="adam", lr=2e-4, weight_decay=0.0),            # [ours]
+    "GAN": Method(network="arch_gan", optimizer="adam", lr=2e-4),                  # [Lee et al. 2018, confident]
     "ODIN": Method(), "Maha": Method(),
 }
 OE_WEIGHT = 0.5          # of the cross-entropy to uniform                      [Hendrycks et al. 2019]

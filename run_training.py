@@ -45,15 +45,16 @@ def main(args):
     label = args.label or model_paths.label(args.train_type, args.fit_out)
     path = model_paths.model(args.dataset, label)
     calibrated = args.train_type in params.CALIBRATED
-    out_name = resolve(args.out_dataset, args.data_dir) if objectives.needs_out(args.train_type, args.fit_out) else None
+    takes_out = objectives.takes_out_images(args.train_type, args.fit_out)
+    out_name = resolve(args.out_dataset, args.data_dir) if takes_out else None
 
     files.check_writable(path, model_paths.log_dir(args.dataset, label) / "events")
 
     # what has to be there already comes first
-    base_label = model_paths.sibling(label, "Base")
+    base_label = model_paths.base_of(label)
     base = load_models(args.dataset, [base_label], device)[base_label] if args.warmstart or calibrated else None
     mixtures = load_mixtures(args, out_name) if args.use_gmm else None
-    args.n = first(args.n, params.CENTROIDS)
+    args.n = mixtures[0].components if mixtures else first(args.n, params.CENTROIDS)
     if args.resume and not base and is_there(path, args, out_name, mixtures):
         print(f"{path} is there")
         return
@@ -93,15 +94,8 @@ def main(args):
     warn_near_chance(f"{label} on {args.dataset}", error, test.classes)
     meta = {"dataset": args.dataset, "label": label, "train_type": args.train_type, "out_dataset": out_name,
             "epochs": args.epochs, "seed": args.seed, "augm_flag": args.augm_flag, "amp": args.amp, "test_error": error,
-            "mixtures": mixtures and mixtures[2]}
-    if data.class_names:
-        meta["class_names"] = list(data.class_names)
-    if args.train_type == "ACET":
-        meta["steps"] = args.steps
-    if args.train_type == "DE":
-        meta["members"] = args.members
-    if out_name == "Folder":
-        meta["out_dir"] = args.out_dir
+            "mixtures": mixtures and mixtures[2], "class_names": list(data.class_names), "steps": args.steps,
+            "members": args.members, "out_dir": args.out_dir}
     if calibrated:
         meta |= {key: base.meta.get(key) for key in ("epochs", "augm_flag", "amp")}
         chosen = {name: getattr(model, name).item() for name in history[0] if name != "auroc"}
@@ -130,7 +124,7 @@ def train_network(args, seed, name, state_path, data, out, base, mixtures) -> tu
         defaults = replace(defaults, **params.NETWORKS[args.arch])
     torch.manual_seed(seed)
     device = data.images.device
-    model = make_model(args, getattr(defaults, method.arch), seed, data, base, mixtures).to(device)
+    model = make_model(args, getattr(defaults, method.network), seed, data, base, mixtures).to(device)
     model = parallel.sync_batch_norms(model, device)
     objective = objectives.make(args.train_type, args.loglam, args.fit_out, args.steps, data.images)
     optimizer = method.optimizer or defaults.optimizer
@@ -214,16 +208,16 @@ def load_mixtures(args, out_name):
         f"{int(args.PCA)} --metric {args.metric} --n {n} --augm_flag {int(args.augm_flag)} "
         f"--out_dataset {out_name}" + (f" --out_dir {shlex.quote(args.out_dir)}" if args.out_dir else "")
         + f" --image_size {args.image_size}" * (args.dataset == "Folder")))
-    args.n = gmm_in.components if args.gmm_path and args.n is None else n
-    wanted_meta = {"dataset": args.dataset, "metric": name, "n": args.n, "out_dataset": out_name}
+    n = gmm_in.components if args.gmm_path and args.n is None else n
+    wanted_meta = {"dataset": args.dataset, "metric": name, "n": n, "out_dataset": out_name}
     if out_name == "Folder" and "out_dir" in meta:
         wanted_meta["out_dir"] = args.out_dir
     for key, wanted in wanted_meta.items():
         if meta.get(key) != wanted:
             raise UserError(f"{path} was fitted with {key} {meta.get(key)}, not {wanted}: run gen_gmm.py with the same "
                             "options, or change them here")
-    if gmm_in.components != args.n or gmm_out.components != args.n:
-        raise UserError(f"{path} is damaged: it does not hold {args.n} centroids; run gen_gmm.py again")
+    if gmm_in.components != n or gmm_out.components != n:
+        raise UserError(f"{path} is damaged: it does not hold {n} centroids; run gen_gmm.py again")
     return gmm_in, gmm_out, meta
 
 

@@ -66,7 +66,7 @@ def main(args):
         for fraction in FRACTIONS:
             region = Region(ccu.gmm_in.metric, seeds, radii * fraction)
             ours = Recorder(model.attack_score)
-            start, first = region.start(torch.zeros_like(region.seeds)), params.ATTACK_ALPHA / 10 * region.radius
+            start, first = region.start(torch.zeros_like(region.seeds)), params.ATTACK_ALPHA / 10 * region.search_radius
             ascend(ours, region, start, steps, first)
             plains = []
             for eta in STEP_SIZES[isinstance(model, CCU)]:

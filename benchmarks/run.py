@@ -276,7 +276,7 @@ def loader(report: Report, device: torch.device, quick: bool) -> None:
 
 @torch.no_grad()
 def climb(model, region: Region, steps: int) -> None:
-    start, first = region.start(torch.zeros_like(region.seeds)), params.ATTACK_ALPHA / 10 * region.radius
+    start, first = region.start(torch.zeros_like(region.seeds)), params.ATTACK_ALPHA / 10 * region.search_radius
     ascend(model.attack_score, region, start, steps, first)
 
 

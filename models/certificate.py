@@ -49,7 +49,7 @@ RELATIVE = 1e-9                             # of certified_radius
 EPS = torch.finfo(torch.float64).eps        # 2 u
 
 
-def peak(g: Tensor, a: Tensor) -> Tensor:
+def peak_of(g: Tensor, a: Tensor) -> Tensor:
     """How far along g the quadratic g.u - a |u|^2 / 2 increases: g/a if a > 0; for ever if linear or convex."""
     return torch.where(a > 0, g / a, math.inf)
 
@@ -160,7 +160,7 @@ class Balls:
         a = m.prec_in[:, None] - m.prec_out
         g = self.length(a, (m.prec_in * self.d2_in)[:, :, None], (m.prec_out * self.d2_out)[:, None],
                         m.prec_in[:, None] * m.prec_out * m.mu_nu)
-        return h, g, a, peak(g, a)
+        return h, g, a, peak_of(g, a)
 
     def quadratic(self, q: Tensor) -> tuple[Tensor, ...]:
         """h, g, a, peak of (3) for the weights q [B, L]  [B, K]."""
@@ -169,7 +169,7 @@ class Balls:
         a = m.prec_in - c.sum(1, keepdim=True)
         between = m.prec_in * (c @ m.mu_nu.T) - (c * (c @ m.nu_nu)).sum(1, keepdim=True) / 2
         g = self.length(a, m.prec_in * self.d2_in, (c * self.d2_out).sum(1, keepdim=True), between)
-        return h, g, a, peak(g, a)
+        return h, g, a, peak_of(g, a)
 
     def mixed_weights(self, share: float) -> list[Tensor]:
         """Two weights q [B, L] that make the bound small at R = share * d(x0, nearest mu).

@@ -234,7 +234,7 @@ TABLE = [
     (f"{ATTACK} --seeds FMNIST", ["FMNIST", "--download 1"]),
     (f"{ATTACK} --seeds Noise --out_seeds 1", ["--seeds", "--out_seeds"]),
     (f"{ATTACK} --out_seeds 1 --out_dataset RandomImages300k --batches 1 --batch_size 50",
-     ["has 2 test draws", "50 are asked for"],
+     ["RandomImages300k has 2 images to start from", "50 are asked for"],
      npy("{'descr': '|u1', 'fortran_order': False, 'shape': (20, 32, 32, 3), }", bytes(20 * 3072))),
     (f"{ATTACK} --seeds MNIST --batches 1 --batch_size 50", ["MNIST", "20 images", "50"], mnist("t10k")),
     (f"{ATTACK} --batches 1000000 --batch_size 1000000", ["memory", "--batch_size"]),

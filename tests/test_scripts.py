@@ -93,17 +93,6 @@ def test_gen_attack_stats_writes_table_1_and_its_backup(work, capsys):
     assert Path("results/loaded.csv").read_bytes() == Path("results/t1.csv").read_bytes()
 
 
-@pytest.mark.parametrize("options, index, columns", [
-    ("--wide_format 1 --drop_mmc 1", [("Digits", "TE"), ("Digits", "SR"), ("Digits", "AUC")], ["Base", "CCU"]),
-    ("--vertical 1", [("Digits", "Base"), ("Digits", "CCU")], ["TE", "MMC", "SR", "AUC"]),
-])
-def test_table_1_layouts(work, options, index, columns):
-    run_script(f"gen_attack_stats.py --datasets Digits --fit_out 1 --steps 1 --restarts 1 --batches 1 --batch_size 3 "
-               f"--output t {options}")
-    table = pd.read_csv("t.csv", index_col=[0, 1])
-    assert list(table.index) == index and list(table.columns) == columns
-
-
 def test_a_table_is_written_whatever_becomes_of_what_is_printed(work):
     """Standard output without the dash's letter, and one that a reader has closed."""
     options = shlex.split("--dataset Digits --models Base --gpu -1 --output")

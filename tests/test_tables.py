@@ -16,6 +16,7 @@ from utils import evaluation, files, load_model, save_model
 from utils.attack import AttackResult
 from utils.backups import ATTACK
 from utils.data import load_in_dist, load_ood
+from utils.out_data import load_out
 
 
 @pytest.fixture
@@ -49,6 +50,16 @@ def test_table_2_has_scikit_learns_fpr_and_average_precision(work):
         assert pd.read_csv(file, index_col=0).loc["Patches", "Base"] == pytest.approx(100 * value, abs=1e-2)
 
 
+def test_another_seed_draws_other_ood_images(work):
+    run_script("gen_eval.py --dataset Digits --models Base --seed 5 --output t")
+    test, model = load_in_dist("Digits", "test", "data"), load_model("checkpoints/Digits/Base.pt")
+    with torch.no_grad():
+        expected, other = (model.score(load_ood("Uniform", test, "data", seed=seed).floats()) for seed in (5, 0))
+    scores = files.load("backup/t.pt")["scores"]["Base/Uniform"]
+    torch.testing.assert_close(scores, expected)
+    assert not torch.allclose(scores, other)
+
+
 @pytest.mark.parametrize("options, label, certificate", [("", "CCUs", "paper"), ("--fit_out 1", "CCU", "paper"),
                                                          ("--fit_out 1 --certificate tight", "CCU", "tight")])
 def test_radii_are_those_of_the_certificate(options, label, certificate, attacked):
@@ -73,6 +84,30 @@ def test_options_of_the_attack_reach_it(attacked):
     assert len({call.seed for call in (default, *base)}) == 4       # another in each batch and with another --seed
     assert [call.seed for call in base] == [call.seed for call in ccu]
     assert not torch.equal(base[0].seeds, base[1].seeds) and torch.equal(base[1].seeds, ccu[1].seeds)
+
+
+@pytest.mark.parametrize("options, wanted", [
+    ("--seed 5", lambda test: torch.rand(4, 1, 28, 28, generator=torch.Generator().manual_seed(5))),
+    ("--seeds Patches", lambda test: load_ood("Patches", test, "data", n=4).floats()),
+    ("--out_seeds 1", lambda test: load_out("Photos", test, "data", split="test", n=4).floats())])
+def test_seeds_are_what_the_options_say(options, wanted, attacked):
+    call, = attacked(f"--fit_out 1 --models Base --batches 1 --batch_size 4 {options}")
+    assert torch.equal(call.seeds, wanted(load_in_dist("Digits", "test", "data")))
+
+
+STATISTICS = ["TE", "MMC", "SR", "AUC"]
+ROWS = {(dataset, label): dict.fromkeys(STATISTICS, 1.0)
+        for dataset in ("MNIST", "Digits") for label in ("Base", "CCU")}
+
+
+@pytest.mark.parametrize("options, index, columns", [
+    ("--wide_format 1", [(dataset, s) for dataset in ("MNIST", "Digits") for s in STATISTICS], ["Base", "CCU"]),
+    ("--vertical 1 --drop_mmc 1", list(ROWS), ["TE", "SR", "AUC"]),
+    ("", ["Base", "CCU"], [(dataset, s) for dataset in ("MNIST", "Digits") for s in STATISTICS])])
+def test_table_1_layouts(options, index, columns):
+    args = gen_attack_stats.parser().parse_args(f"--datasets MNIST Digits {options}".split())
+    table = gen_attack_stats.layout(ROWS, args)
+    assert list(table.index) == index and list(table.columns) == columns
 
 
 def test_certified_columns_follow_from_the_backup(attacked):

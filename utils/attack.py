@@ -161,17 +161,20 @@ def attack(detector: Detector, metric: PCAMetric, seeds: Tensor, radii: Tensor, 
             if skip:
                 skip -= 1
                 continue
+            # n = len(block) * len(rows) points: all rows of one restart, then of the next
             region = Region(metric, seeds[rows].repeat(len(block), 1, 1, 1), radii[rows].repeat(len(block)))
             start = unit_ball(base, (block[:, None] * B + rows).flatten().tolist(), metric.dim).to(seeds)
             start[block.repeat_interleave(len(rows)) == 0] = 0
-            point = region.start(region.clamp(metric.inverse(start * region.radius)))
+            point = region.start(region.clamp(metric.inverse(start * region.search_radius)))
             if near is not None and search is None:
-                to_image = region.start(near[rows][:, block].transpose(0, 1).flatten(0, 1) - region.seeds)
+                to_image = region.start(near[rows][:, block].transpose(0, 1).flatten(0, 1) - region.seeds)     # [n, D]
                 point = leave_plateau(detector.attack_score, region, point, to_image)
-            delta, search = ascend(objective, region, point, steps, alpha / 10 * region.radius, keep, search), None
+            step = alpha / 10 * region.search_radius
+            delta, search = ascend(objective, region, point, steps, step, keep, search), None
             x, d = region.checked(delta)
             with full_precision():
-                score, which = without_nan(detector.attack_score(x.view(-1, *shape))).view(len(block), -1).max(0)
+                score = without_nan(detector.attack_score(x.view(-1, *shape)))
+            score, which = score.view(len(block), -1).max(0)                    # of each row's restarts
             better = score > best_score[rows]
             row, found = rows[better], (which * len(rows) + torch.arange(len(rows), device=device))[better]
             best[row], best_score[row], distance[row] = x[found].view(-1, *shape), score[better], d[found]

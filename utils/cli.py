@@ -230,29 +230,31 @@ def run(main, parser: Parser, several: bool = False) -> None:
             main(args)
             sys.stdout.flush()
             parallel.end()
-    except UserError as error:
-        if args.debug:
-            raise
-        parser.exit(2, f"{parser.prog}: {' '.join(str(error).splitlines())}\n")
     except BrokenPipeError:         # `| head` has seen enough; at the exit Python would flush once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         parser.exit(141)
     except KeyboardInterrupt:
         parser.exit(130, f"\n{parser.prog}: interrupted\n")
     except Exception as error:
-        full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
-        if full and not args.debug:
-            parser.exit(2, f"{parser.prog}: out of memory: choose a smaller --batch_size (of an attack: --points), or "
-                        "fewer images or centroids\n")
-        if "Expected more than 1 value per channel" in str(error) and not args.debug:
-            parser.exit(2, f"{parser.prog}: these images are so small that a batch norm needs more than one: choose a "
-                        "larger --batch_size\n")
-        # files.write reports a full disk itself; TensorBoard's logs are left
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and not args.debug:
-            parser.exit(2, f"{parser.prog}: {error}\n")
+        if (line := to_mend(error)) and not args.debug:
+            parser.exit(2, f"{parser.prog}: {' '.join(line.splitlines())}\n")
         if not parallel.first_to_fail():        # this is what a broken connection looks like
             parser.exit(2)
         raise
     finally:
         files.unlock()
         torch.set_flush_denormal(False)
+
+
+def to_mend(error: Exception) -> str | None:
+    """What the user can mend; None for an error of ours."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+        return "out of memory: choose a smaller --batch_size (of an attack: --points), or fewer images or centroids"
+    if "Expected more than 1 value per channel" in str(error):
+        return "these images are so small that a batch norm needs more than one: choose a larger --batch_size"
+    # files.write reports a full disk itself; TensorBoard's logs are left
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return str(error)
+    return None

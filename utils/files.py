@@ -261,11 +261,17 @@ def load_state(model: torch.nn.Module, state: dict, assign: bool = False) -> Non
                              f"{list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__}")
         if value.dtype != expected[key].dtype:
             raise ValueError(f"{key} must be {expected[key].dtype}, got {value.dtype}")
+    check_values(state)
+    model.load_state_dict(state, assign=assign)
+
+
+def check_values(state: dict) -> None:
+    """ValueError for values that are not finite, or singular values that are not positive."""
+    for key, value in state.items():
         if value.is_floating_point() and not value.isfinite().all():
             raise ValueError(f"{key} has values that are not finite")
         if key.endswith("singular_values") and not (value > 0).all():
             raise ValueError(f"{key} must be positive")
-    model.load_state_dict(state, assign=assign)
 
 
 def save_mixtures(gmm_in: models.GMM, gmm_out: models.GMM, path: str | Path, meta: dict) -> Path:
@@ -284,7 +290,7 @@ def load_mixtures(path: str | Path, mend: str) -> tuple[models.GMM, models.GMM, 
         metric = models.PCAMetric(**saved["metric"])
         gmms = [models.GMM(**saved[which], metric=metric) for which in ("in", "out")]
         for gmm in gmms:
-            load_state(gmm, gmm.state_dict())       # finite, positive singular values
+            check_values(gmm.state_dict())
             if any(value.dtype != torch.float32 for value in gmm.state_dict().values()):
                 raise ValueError("mixtures must be float32")
         return *gmms, dict(saved["meta"])

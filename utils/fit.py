@@ -30,7 +30,7 @@ class Fit:
 
 
 def kmeans_start(z: Tensor, K: int, seed: int, reg_covar: float) -> Fit:
-    """One M-step from the hard assignments of scikit-learn's k-means on a sample of the centred z [n, D]."""
+    """One step from the hard assignments of scikit-learn's k-means on a sample of the centred z [n, D]."""
     from sklearn.cluster import KMeans
     generator = torch.Generator().manual_seed(seed)
     sample = z[torch.randperm(len(z), generator=generator)[:max(params.KMEANS_IMAGES, K)].to(z.device)]
@@ -40,7 +40,7 @@ def kmeans_start(z: Tensor, K: int, seed: int, reg_covar: float) -> Fit:
 
     def hard(d2):
         return F.one_hot(d2.argmin(1), K).to(z.dtype), d2.new_zeros(len(d2))
-    means, variances, weights, _ = _m_step(z, centres, hard, reg_covar)
+    means, variances, weights, _ = em_step(z, centres, hard, reg_covar)
     return Fit(means, variances, weights, [])
 
 
@@ -62,11 +62,11 @@ def em(z: Tensor, start: Fit, reg_covar: float, update_weights: bool = False, to
         keep(Fit(means, variances, weights, log_likelihoods))
         log_norm = weights.log() - D / 2 * (2 * math.pi * variances).log()
 
-        def e_step(d2, log_norm=log_norm, variances=variances):
+        def responsibilities(d2, log_norm=log_norm, variances=variances):
             log_joint = log_norm - d2 / (2 * variances)                         # [b, K]
             log_prob = log_joint.logsumexp(1)
             return (log_joint - log_prob[:, None]).exp_(), log_prob
-        new_means, new_variances, new_weights, log_likelihood = _m_step(z, means, e_step, reg_covar)
+        new_means, new_variances, new_weights, log_likelihood = em_step(z, means, responsibilities, reg_covar)
         progress(iteration, log_likelihood)
         log_likelihoods.append(log_likelihood)
         if iteration == max_iter or (iteration and abs(log_likelihood - log_likelihoods[-2]) < tol):
@@ -75,10 +75,11 @@ def em(z: Tensor, start: Fit, reg_covar: float, update_weights: bool = False, to
         weights = new_weights if update_weights else weights
 
 
-def _m_step(z: Tensor, old_means: Tensor, e_step: Callable, reg_covar: float) -> tuple[Tensor, Tensor, Tensor, float]:
-    """New means, variances and weights, and the mean of the log-densities that e_step gives.
+def em_step(z: Tensor, old_means: Tensor, responsibilities: Callable,
+            reg_covar: float) -> tuple[Tensor, Tensor, Tensor, float]:
+    """E-step and M-step: new means, variances and weights, and the mean log-density.
 
-    e_step maps squared distances to the old means [b, K] to responsibilities [b, K] and log-densities [b].
+    `responsibilities` maps squared distances to the old means [b, K] to responsibilities [b, K] and log-densities [b].
     Variances come from these distances, var = E d(z, old)^2 - |new - old|^2: E|z|^2 - |mean|^2 would cancel.
     """
     n, D = z.shape
@@ -90,7 +91,7 @@ def _m_step(z: Tensor, old_means: Tensor, e_step: Callable, reg_covar: float) ->
     old2 = old_means.square().sum(1)
     for block in z.split(BLOCK):
         d2 = torch.addmm(old2, block, old_means.T, alpha=-2).add_(block.square().sum(1, keepdim=True)).clamp_min_(0)
-        r, log_prob = e_step(d2)                                                # [b, K], [b]
+        r, log_prob = responsibilities(d2)                                                # [b, K], [b]
         counts += r.sum(0, dtype=torch.float64)
         sums += r.T @ block
         spread += (r * d2).sum(0, dtype=torch.float64)

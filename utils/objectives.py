@@ -121,6 +121,7 @@ class ACET(Objective):
     def __init__(self, loglam: float, steps: int, uniform: bool):
         super().__init__(loglam)
         self.steps, self.uniform = steps, uniform
+        self.needs_out = not uniform
 
     def draw(self, x, z, generator):
         """Where the attacks start, in their boxes and, ACET2, the boxes' centres."""
@@ -157,7 +158,7 @@ class CEDA_GMM(Objective):
 
     @torch.no_grad()
     def constrain(self, model):
-        """min theta^2 >= 4 max sigma^2: the far-field theorem needs min theta > max sigma."""
+        """min theta^2 >= 4 max sigma^2 (exp(logvar)): the far-field theorem needs min theta > max sigma."""
         if model.gmm_out is not None:
             floor = model.gmm_in.logvar.max() + math.log(params.VAR_RATIO)
             model.gmm_out.logvar.copy_(torch.maximum(model.gmm_out.logvar, floor))
@@ -257,7 +258,7 @@ def make(train_type: str, loglam: float, fit_out: bool, steps: int, images: torc
     return OBJECTIVES[train_type](loglam)
 
 
-def needs_out(train_type: str, fit_out: bool) -> bool:
+def takes_out_images(train_type: str, fit_out: bool) -> bool:
     """Whether --train_type takes out-images: to train on, or (ODIN, Maha) to choose hyperparameters on."""
     if train_type == "ACET":
         return fit_out

@@ -33,7 +33,7 @@ class Region:
         self.shape, self.low, self.high = seeds.shape, -self.seeds, 1 - self.seeds
         # no point of the cube is farther than this: a radius may be infinite
         largest = (metric.dim / metric.singular_values.double().min()).sqrt()
-        self.radius = (radii.clamp(max=largest) * (1 - self.margin)).to(seeds.dtype)[:, None]   # [N, 1]
+        self.search_radius = (radii.clamp(max=largest) * (1 - self.margin)).to(seeds.dtype)[:, None]   # [N, 1]
         self.weights = 1 / metric.singular_values                                               # [D]
         self.penalty = self.weights.max() ** self.stiffness * self.weights.min() ** (1 - self.stiffness)
 
@@ -48,7 +48,7 @@ class Region:
     def pull_back(self, point: Point) -> Point:
         """Along the segment to the seed until it is in the ball; a point of the cube stays in the cube."""
         norm = (point.along * self.weights.sqrt()).norm(dim=1, keepdim=True)
-        factor = (self.radius / norm.clamp_min(1e-30)).clamp_max(1)
+        factor = (self.search_radius / norm.clamp_min(1e-30)).clamp_max(1)
         return point._replace(delta=point.delta * factor, along=point.along * factor)
 
     def project(self, trial: Tensor, current: Point, step: Tensor) -> Point:
@@ -68,7 +68,7 @@ class Region:
         shrinks everything, so that the search ends below the maximum.  tests/test_attack.py holds this projection to
         0.1 % of the attainable rise of concave functions.
         """
-        a, V, R = self.weights, self.metric.comp_vecs, self.radius.clamp_min(1e-20)
+        a, V, R = self.weights, self.metric.comp_vecs, self.search_radius.clamp_min(1e-20)
         rho = (self.penalty * (R / step).sqrt()).clamp(max=a.max())                 # [N, 1]
         pull, scale = trial * a, step / rho
         v, v_along, u, u_along = current.delta, current.along, current.force * scale, current.force_along * scale
