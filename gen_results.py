@@ -21,7 +21,9 @@ from utils.errors import UserError
 
 # README.md's tables and, of their labels, these
 SHORT = {"MNIST-100epochs": ("Base", "CEDA", "OE", "ODIN", "Maha", "CCUs", "CCU"),
-         "MNIST": ("Base", "CEDA", "OE", "ACET", "CCUs", "CCU")}
+         "MNIST": ("Base", "CEDA", "OE", "CCUs", "CCU"),
+         "MNIST-ACET": ("Base", "ACET", "CCU"),
+         "FMNIST-LeNet": ("Base", "CEDA", "CCU")}
 BEGIN, END = "<!-- results: written by gen_results.py -->\n", "<!-- end of results -->\n"
 SHORTEST = params.EPOCHS / 20       # a run of fewer epochs compares with no whole one
 AUTHORS = Path(__file__).parent / "results" / "authors_2019-05.csv"
@@ -106,7 +108,9 @@ def section(name: str) -> str:
     both = {label: [beside(figures.loc[row, label], authors.loc[published(row), label]) for row in rows]
             for label in figures if label in authors}
     epochs = [run.get("epochs") for label, run in runs.items() if model_paths.without_seed(label) in both]
-    if both and rows and any(number and number < SHORTEST for number in epochs):
+    if both and rows and arch_of(runs) != params.DATASETS[dataset_of(name)].arch:
+        text += "\nThe authors' figures of May 2019 are of another network.\n"
+    elif both and rows and any(number and number < SHORTEST for number in epochs):
         text += f"\nToo few epochs to compare with the authors' figures of May 2019, of {params.EPOCHS} epochs.\n"
     elif both and rows:
         text += (f"\nOurs / the authors' of May 2019, of {params.EPOCHS} epochs (difference):\n\n"
@@ -115,7 +119,11 @@ def section(name: str) -> str:
 
 
 def heading(name: str, runs: dict) -> str:
-    return f"{name}, {next(iter(runs.values()))['arch']}"
+    return f"{name}, {arch_of(runs)}"
+
+
+def arch_of(runs: dict) -> str:
+    return next(iter(runs.values()))["arch"]
 
 
 def read_runs(name: str) -> dict:

@@ -283,8 +283,8 @@ def confidence_bound(ccu: CCU, x: Tensor, radius: float | Tensor, method: str = 
     """Certified upper bound [B] (float64) on max_y p(y|x') over all x' with d(x, x') <= radius.
 
     x [B, ...] in pixel space; radius in units of the metric, one number or [B]; method "tight" or "paper".
-    It bounds the exact model: one computed in float32 may exceed it by its own rounding, some 1e-4 where both densities
-    are about equal; ccu.double() does not.
+    It bounds the exact model: where both densities are about equal, one computed in float32 may exceed it by its own
+    rounding, some 1e-4 (1e-3 where a metric's singular values are floored or whitened); ccu.double() does not.
     """
     require_ccu(ccu)
     radius = torch.as_tensor(radius, dtype=torch.float64, device=ccu.loglam.device)

@@ -229,7 +229,7 @@ def test_leaves_a_plateau_on_the_way_to_images():
 
 def test_nearest_images_by_brute_force():
     metric, seeds, images = random_metric(8, 100, 0), seeds_of(5, 8), seeds_of(7, 8, 1)
-    found = nearest(metric, seeds, images, 9)
+    found = images.flatten(1)[nearest(metric, seeds, images.flatten(1), 9)]
     for seed, ours in zip(seeds.flatten(1), found, strict=True):
         d = distances(metric, images.flatten(1), seed.expand(7, 8))
         expected = images.flatten(1)[d.argsort()]

@@ -561,6 +561,20 @@ def test_a_killed_run_does_not_go_on_with_other_mixtures(tiny, monkeypatch, caps
     assert "start without --resume" in capsys.readouterr().err
 
 
+def test_gan_keeps_its_generators_pass_out_of_the_running_statistics():
+    """Evaluation normalises by one update a step, of the classifier's own batch [x; generated]."""
+    torch.manual_seed(0)
+    norm = torch.nn.BatchNorm2d(1)
+    model = Softmax(torch.nn.Sequential(norm, torch.nn.Flatten(), torch.nn.Linear(784, 10))).train()
+    batches = []
+    norm.register_forward_hook(lambda module, inputs, output: batches.append(inputs[0].detach()))
+    objective, x, y = objectives.GAN(1, 28, torch.device("cpu")), torch.rand(6, 1, 28, 28), torch.arange(6)
+    objective(model, x, y, None, torch.Generator().manual_seed(0))
+    generated, both = batches
+    assert len(generated) == 6 and len(both) == 12 and norm.momentum == 0.1
+    assert norm.running_mean.item() == pytest.approx(0.1 * both.mean().item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("method, after", [
     ("plain", 4), ("OE", 4), ("CEDA_GMM --fit_out 1 --n 2", 4), ("MCD", 4), ("GAN", 4), ("DE --members 2", 3),
     ("DE --members 2", 11)])

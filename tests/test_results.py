@@ -84,6 +84,13 @@ def test_one_epoch_is_not_compared_with_a_hundred(folder):
     assert "Too few epochs to compare" in text and "97.07" not in text
 
 
+def test_another_network_is_not_compared(folder):
+    path = Path("results/table2_MNIST_runs.json")
+    path.write_text(path.read_text().replace("LeNet", "ResNet18"))
+    text = gen_results.results()
+    assert "are of another network" in text and "97.07" not in text
+
+
 def test_further_tables_of_a_data_set_are_a_section_of_their_own(folder, monkeypatch):
     for path in list(Path("results").glob("table[12]_MNIST*")):
         other = path.with_name(path.name.replace("MNIST", "MNIST-long"))

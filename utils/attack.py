@@ -154,7 +154,9 @@ def attack(detector: Detector, metric: PCAMetric, seeds: Tensor, radii: Tensor, 
             state.save(finished=finished, base=base, evaluations=evaluations, best=best, best_score=best_score,
                        distance=distance, search=search)
 
-    near = None if images is None else nearest(metric, seeds, images.to(device), restarts)          # [B, restarts, D]
+    if images is not None:
+        images = images.to(device).flatten(1)
+        near = nearest(metric, seeds, images, restarts)                         # [B, restarts]
     skip = finished
     for rows in torch.arange(B, device=device).split(batch):
         for block in torch.arange(restarts, device=device).split(max(1, batch // len(rows))):
@@ -166,8 +168,8 @@ def attack(detector: Detector, metric: PCAMetric, seeds: Tensor, radii: Tensor, 
             start = unit_ball(base, (block[:, None] * B + rows).flatten().tolist(), metric.dim).to(seeds)
             start[block.repeat_interleave(len(rows)) == 0] = 0
             point = region.start(region.clamp(metric.inverse(start * region.search_radius)))
-            if near is not None and search is None:
-                to_image = region.start(near[rows][:, block].transpose(0, 1).flatten(0, 1) - region.seeds)     # [n, D]
+            if images is not None and search is None:
+                to_image = region.start(images[near[rows][:, block].T.flatten()] - region.seeds)        # [n, D]
                 point = leave_plateau(detector.attack_score, region, point, to_image)
             step = alpha / 10 * region.search_radius
             delta, search = ascend(objective, region, point, steps, step, keep, search), None
@@ -183,11 +185,10 @@ def attack(detector: Detector, metric: PCAMetric, seeds: Tensor, radii: Tensor, 
 
 
 def nearest(metric: PCAMetric, seeds: Tensor, images: Tensor, n: int) -> Tensor:
-    """The n images [N, C, H, W] nearest to each seed [B, C, H, W], over again if there are fewer: [B, n, D]."""
-    images = images.flatten(1)
+    """Which n of the images [N, D] are nearest to each seed [B, C, H, W], over again if there are fewer: [B, n]."""
     d2 = squared_distances(metric.transform(seeds), metric.transform(images))                       # [B, N]
     order = d2.topk(min(n, len(images)), largest=False).indices
-    return images[order[:, torch.arange(n, device=order.device) % order.shape[1]]]
+    return order[:, torch.arange(n, device=order.device) % order.shape[1]]
 
 
 def leave_plateau(objective: Callable[[Tensor], Tensor], region: Region, point: Point, other: Point) -> Point:

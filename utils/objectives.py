@@ -1,11 +1,12 @@
 """What each method minimises (README: Training, Methods).  All losses are means over images."""
 
+import contextlib
 import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import params
 from models import CCU, EDL, Detector
@@ -165,11 +166,11 @@ class CEDA_GMM(Objective):
 
 
 class EvidentialMSE(Objective):
-    """EDL (Sensoy et al. 2018): the expected squared error of one-hot labels y under the Dirichlet distribution,
+    """EDL (Sensoy et al. 2018): squared error and variance of one-hot labels y under the Dirichlet distribution,
 
         sum_m (y_m - p_m)^2 + sum_m p_m (1 - p_m) / S,    p = alpha / S,  S = sum_m alpha_m.
 
-    Deviation: no KL term of the misleading evidence.
+    Deviation: no KL term of the misleading evidence; Sensoy et al. have S + 1 under the variance and alpha = relu + 1.
     """
 
     needs_out = False
@@ -183,6 +184,20 @@ class EvidentialMSE(Objective):
         return (error + variance).mean(), {
             "error": error.detach().mean(), "variance": variance.detach().mean(), "accuracy": accuracy(p, y),
             "confidence_in": p.detach().amax(1).mean()}
+
+
+@contextlib.contextmanager
+def fixed_statistics(model: Detector):
+    """Batch norms compute with the batch's statistics, and leave their running ones alone."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    try:
+        for norm in norms:
+            norm.momentum = 0.0
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
 
 
 class GAN(Objective):
@@ -209,7 +224,9 @@ class GAN(Objective):
         fake = G(noise)
         loss_d = F.softplus(-D(x)).mean() + F.softplus(D(fake.detach())).mean()     # -log D(x) - log(1 - D(fake))
         self.step("discriminator", loss_d)
-        loss_g = F.softplus(-D(fake)).mean() + params.GAN_BETA * self.kl_to_uniform(model(fake))
+        with fixed_statistics(model):
+            confidence = model(fake)
+        loss_g = F.softplus(-D(fake)).mean() + params.GAN_BETA * self.kl_to_uniform(confidence)
         self.step("generator", loss_g)
         with torch.no_grad():
             fake = G(more_noise)
