@@ -14,13 +14,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from run import climb
 
-import params
 from models import CCU, certified_radius
 from utils import cli
-from utils.attack import ascend, score_and_gradient
+from utils.attack import score_and_gradient
 from utils.data import load_in_dist
-from utils.region import Region
+from utils.region import Coordinates, Region
 from utils.registry import load_ccu, load_models
 
 CHECKPOINTS = (10, 25, 50, 100)
@@ -49,7 +49,7 @@ def plain(objective, region: Region, steps: int, eta: float) -> None:
         _, gradient = score_and_gradient(objective, region.images(point.delta))
         z = region.metric.gradient(gradient.flatten(1)) * eta
         length = z.norm(dim=1, keepdim=True).clamp_min(1e-30)
-        point = region.project(point.along + z * region.metric.singular_values.sqrt(), point, length)
+        point = region.project(point.along + region.metric.inverse(z) @ region.coordinates.forward, point, length)
 
 
 @torch.no_grad()
@@ -61,13 +61,12 @@ def main(args):
     ccu = load_ccu(args.dataset, "CCU", device)
     seeds = torch.rand(args.n, *test.images.shape[1:], generator=torch.Generator().manual_seed(args.seed)).to(device)
     radii = certified_radius(ccu, seeds, method="paper")
-    steps = max(CHECKPOINTS)
+    steps, coordinates = max(CHECKPOINTS), Coordinates(ccu.gmm_in.metric)
     for label, model in models.items():
         for fraction in FRACTIONS:
-            region = Region(ccu.gmm_in.metric, seeds, radii * fraction)
+            region = Region(coordinates, seeds, radii * fraction)
             ours = Recorder(model.attack_score)
-            start, first = region.start(torch.zeros_like(region.seeds)), params.ATTACK_ALPHA / 10 * region.search_radius
-            ascend(ours, region, start, steps, first)
+            climb(ours, region, steps)
             plains = []
             for eta in STEP_SIZES[isinstance(model, CCU)]:
                 plains.append(Recorder(model.attack_score))

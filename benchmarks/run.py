@@ -44,7 +44,7 @@ from utils.errors import MissingData
 from utils.evaluation import evaluate
 from utils.fit import em, fit_gmm, kmeans_start
 from utils.objectives import CEDA, CEDA_GMM, Plain
-from utils.region import Region
+from utils.region import Coordinates, Region
 from utils.state import State
 from utils.tables import benchmark_cells
 from utils.training import Settings, make_optimizer, train
@@ -275,9 +275,10 @@ def loader(report: Report, device: torch.device, quick: bool) -> None:
 
 
 @torch.no_grad()
-def climb(model, region: Region, steps: int) -> None:
+def climb(objective, region: Region, steps: int) -> None:
+    """One search of an attack from each seed."""
     start, first = region.start(torch.zeros_like(region.seeds)), params.ATTACK_ALPHA / 10 * region.search_radius
-    ascend(model.attack_score, region, start, steps, first)
+    ascend(objective, region, start, steps, first)
 
 
 def attacks(report: Report, device: torch.device, quick: bool) -> None:
@@ -288,11 +289,11 @@ def attacks(report: Report, device: torch.device, quick: bool) -> None:
         n = 500 if arch == "LeNet" or device.type == "cuda" else 50
         channels, size, _ = NETWORKS[arch]
         x = torch.rand(n, channels, size, size, device=device)
-        region = Region(metric, x, torch.full((n,), 5.0, dtype=torch.float64, device=device))
+        region = Region(Coordinates(metric), x, torch.full((n,), 5.0, dtype=torch.float64, device=device))
         count = 2 if quick else 10
         for label, model in {"Base": Softmax(ccu.base_model).eval(), "CCU": ccu}.items():
-            took = interleaved({"one": partial(climb, model, region, 1),
-                                "more": partial(climb, model, region, 1 + count),
+            took = interleaved({"one": partial(climb, model.attack_score, region, 1),
+                                "more": partial(climb, model.attack_score, region, 1 + count),
                                 "passes": partial(score_and_gradient, model.attack_score, x)},
                                repeats(arch, device, quick), device)
             step = (took["more"] - took["one"]) / count

@@ -10,7 +10,8 @@ from scipy.optimize import minimize
 from models.detectors import Detector
 from models.metric import PCAMetric
 from utils.attack import attack, linf_pgd, nearest, unit_ball
-from utils.region import Region, distances
+from utils.region import Coordinates, Point, Region, distances
+from utils.state import State
 
 
 class Function(torch.nn.Module):
@@ -66,14 +67,14 @@ def test_projection_makes_points_feasible_and_converges_to_the_nearest_in_the_me
     D, B = 6, 12
     metric = random_metric(D, 100, seed=1, dtype=torch.float64)
     seeds, radii = seeds_of(B, D, dtype=torch.float64), torch.logspace(-1, 1, B, dtype=torch.float64)
-    region, step = Region(metric, seeds, radii), torch.full((B, 1), 0.1, dtype=torch.float64)
+    coordinates = Coordinates(metric)
+    region, step = Region(coordinates, seeds, radii), torch.full((B, 1), 0.1, dtype=torch.float64)
     trial = torch.randn(B, D, generator=gen(2), dtype=torch.float64)
     point = region.start(torch.zeros_like(trial))
     for _ in range(500):
-        point = region.project(trial @ metric.comp_vecs.T, point, step)
+        point = region.project(trial @ coordinates.forward, point, step)
         delta = point.delta
-        torch.testing.assert_close(point.along, delta @ metric.comp_vecs.T)
-        torch.testing.assert_close(point.force_along, point.force @ metric.comp_vecs.T)
+        torch.testing.assert_close(point.along, delta @ coordinates.forward)
         x, d = region.checked(delta)
         assert (d <= radii).all() and x.min() >= 0 and x.max() <= 1
         assert torch.allclose(x, region.seeds + delta, atol=1e-9)       # the check had next to nothing to mend
@@ -85,12 +86,35 @@ def test_projection_makes_points_feasible_and_converges_to_the_nearest_in_the_me
     assert torch.allclose(region.project(inside.along, inside, step).delta, inside.delta, atol=1e-12)
 
 
+@pytest.mark.parametrize("condition", [1, 1e3, 1e6])
+def test_coordinates_make_the_metric_and_its_diagonal_diagonal(condition):
+    metric = random_metric(12, condition, seed=5, dtype=torch.float64)
+    coordinates, delta = Coordinates(metric), torch.randn(7, 12, generator=gen(6), dtype=torch.float64)
+    along = delta @ coordinates.forward
+    torch.testing.assert_close(along @ coordinates.backward, delta)
+    torch.testing.assert_close((along.square() * coordinates.weights).sum(1), metric.transform(delta).square().sum(1))
+    A = torch.from_numpy(distance_matrix(metric))
+    torch.testing.assert_close(along.square().sum(1), (delta.square() * A.diagonal()).sum(1))
+    assert coordinates.weights.mean().item() == pytest.approx(1)
+
+
+def test_ascent_direction_is_the_closed_form():
+    """A^-1 g, divided by its length in the metric; also for gradients whose squares underflow, and for 0."""
+    metric = random_metric(12, 1e4, seed=5, dtype=torch.float64)
+    coordinates, g = Coordinates(metric), torch.randn(7, 12, generator=gen(6), dtype=torch.float64)
+    move = torch.linalg.solve(torch.from_numpy(distance_matrix(metric)), g.T).T
+    move = move / metric.transform(move).norm(dim=1, keepdim=True)
+    torch.testing.assert_close(coordinates.ascent_direction(g) @ coordinates.backward, move)
+    torch.testing.assert_close(coordinates.ascent_direction(1e-300 * g) @ coordinates.backward, move)
+    assert (coordinates.ascent_direction(0 * g) == 0).all()
+
+
 def test_check_mends_what_left_the_ball_and_what_is_not_a_number():
     D, metric = 20, random_metric(20, 1e6, seed=3)
     seeds, radii = seeds_of(4, D), torch.tensor([0.0, 1e-6, 0.5, 2.0], dtype=torch.float64)
     delta = torch.randn(4, D, generator=gen(4)) * 100
     delta[3] = torch.nan
-    x, d = Region(metric, seeds, radii).checked(delta)
+    x, d = Region(Coordinates(metric), seeds, radii).checked(delta)
     assert (d <= radii).all() and x.min() >= 0 and x.max() <= 1
     assert torch.equal(x[3], seeds[3].flatten()) and torch.equal(x[0], seeds[0].flatten())
 
@@ -125,6 +149,37 @@ def test_reaches_the_maximum_of_a_concave_function(D, condition):
         assert found.attack_score[b].item() <= best + 1e-5 * abs(best)
 
 
+@pytest.mark.parametrize("metric, least", [("pixels", 0.999), ("rotation", 0.98)])
+def test_reaches_the_maximum_of_a_linear_function_of_many_ill_conditioned_pixels(metric, least):
+    """Of 100 pixels, whose variances differ as in images, or with a random rotation; singular values 10^6 apart.
+
+    The maximum is known: x is maximal in ball and cube for every gradient r A (x - seed) + n, where r > 0 and n points
+    out of the cube (Karush, Kuhn and Tucker).
+    """
+    D, B = 100, 8
+    if metric == "rotation":
+        metric = random_metric(D, 1e6, seed=1)
+    else:
+        scale = 10 ** (-3 * torch.rand(D, generator=gen(1)))
+        metric = PCAMetric.fit(0.5 + scale * (torch.randn(500, D, generator=gen(2)) @ torch.rand(D, D, generator=gen(3))
+                                              ).clamp(-0.5, 0.5))
+    A = torch.from_numpy(distance_matrix(PCAMetric(metric.comp_vecs.double(), metric.singular_values.double())))
+    for radius in (0.1, 1.0, 10.0):
+        seeds, z = seeds_of(B, D, 4), torch.randn(B, D, generator=gen(5))
+        seed = seeds.flatten(1).double()
+        x = (seed + metric.inverse(radius * z / z.norm(dim=1, keepdim=True)).double()).clamp(0, 1)
+        normal = (x - seed) @ A
+        outwards = (x == 1).double() - (x == 0).double()
+        gradient = normal + normal.abs().mean(1, keepdim=True) * torch.rand(B, D, generator=gen(6)) * outwards
+        radii = ((x - seed) * normal).sum(1).sqrt()
+        linear = Function(lambda points: ((points - seed) * gradient).sum(1))       # noqa: B023
+        found = attack(linear, metric, seeds, radii, steps=200, restarts=1, generator=gen(7))
+        best = ((x - seed) * gradient).sum(1)
+        rise = ((found.samples.flatten(1) - seed) * gradient).sum(1) / best
+        assert (found.distance <= radii).all() and rise.max() < 1 + 1e-6
+        assert rise.mean() > least, (radius, rise)
+
+
 def test_reaches_the_maximum_over_a_grid():
     metric, net = random_metric(2, 10, seed=1), small_net(2, seed=5)
     seeds, radii = seeds_of(10, 2, 3), torch.linspace(0.1, 1.5, 10, dtype=torch.float64)
@@ -157,6 +212,50 @@ def test_deterministic_and_independent_of_batch_and_leaves_the_global_generator(
         assert torch.allclose(first.samples, other.samples, atol=1e-6)
         assert torch.allclose(first.attack_score, other.attack_score, atol=1e-6)
     assert not torch.equal(first.samples, attack(net, metric, seeds, radii, 15, 6, generator=gen(5)).samples)
+
+
+@pytest.mark.parametrize("signs", [1, -1])
+def test_goes_on_from_a_state_also_where_eigenvectors_have_other_signs(tmp_path, signs):
+    """With the same ones it goes on, to the same bits; with others it begins the block of points again."""
+    metric, net, seeds = random_metric(10, 100, seed=3), small_net(10), seeds_of(4, 10)
+    options = {"seeds": seeds, "radii": torch.ones(4), "steps": 12, "restarts": 3, "batch": 4}
+    expected = attack(net, metric, generator=gen(0), **options)
+
+    class Always(State):
+        def due(self):
+            return True
+
+    class Stop(Exception):
+        pass
+
+    def stop_at(calls):
+        def score(x):
+            nonlocal calls
+            calls -= 1
+            if calls < 0:
+                raise Stop
+            return net.attack_score(x)
+        return score
+    state = Always(tmp_path / "state", {}, resume=True)
+    stopped = Function(stop_at(20))             # in the second of three blocks
+    with pytest.raises(Stop):
+        attack(stopped, metric, generator=gen(0), state=state, **options)
+    saved = state.load()
+    search = saved["search"]
+    assert saved["finished"] == 1 and search[0] > 2
+    turned = [signs * item if i in (1, 9, 10, 12, 13) else item for i, item in enumerate(search)]
+    assert torch.equal(turned[8], Point(*search[8:11]).delta)
+    state.save(**{key: saved[key] for key in ("finished", "base", "evaluations", "best", "best_score", "distance")},
+               search=turned)
+    calls, told = 0, []
+
+    def count(x):
+        nonlocal calls
+        calls += x.requires_grad
+        return net.attack_score(x)
+    found = attack(Function(count), metric, generator=gen(9), state=state, progress=told.append, **options)
+    assert torch.equal(found.samples, expected.samples) and sum(told) == 12
+    assert calls == 24 - (search[0] if signs == 1 else 0)
 
 
 def test_radius_zero_is_the_seed():

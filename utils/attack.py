@@ -14,7 +14,7 @@ from models.detectors import Detector
 from models.gmm import squared_distances
 from models.metric import PCAMetric
 from utils.evaluation import full_precision
-from utils.region import Point, Region, choose, choose_point
+from utils.region import Coordinates, Point, Region, choose, choose_point
 from utils.state import State
 
 
@@ -38,17 +38,6 @@ def score_and_gradient(objective: Callable[[Tensor], Tensor], x: Tensor) -> tupl
 
 def without_nan(score: Tensor) -> Tensor:
     return score.masked_fill(score.isnan(), -torch.inf)
-
-
-def ascent_direction(metric: PCAMetric, gradient: Tensor) -> Tensor:
-    """The move [N, D] of length 1 in the metric that raises a function of this gradient [N, D] most; 0 for 0.
-
-    Along the components: @ V makes it a difference of pixels.
-    """
-    tiny = torch.finfo(gradient.dtype).tiny
-    # first by the largest entry: squares of a saturated softmax's gradient would underflow
-    z = metric.gradient(gradient / gradient.abs().amax(1, keepdim=True).clamp_min(tiny))
-    return z / z.norm(dim=1, keepdim=True).clamp_min(tiny) * metric.singular_values.sqrt()
 
 
 MOMENTUM = 0.25         # share of the last move that is made again (0.75 for the gradient, as in Auto-PGD)
@@ -75,10 +64,11 @@ def ascend(objective: Callable[[Tensor], Tensor], region: Region, point: Point, 
         taken, previous, best, best_score, best_gradient = 1, point.along, point, score, gradient
     else:
         taken, previous, gradient, step, stalled, patience, best_score, best_gradient = search[:8]
-        point, best = Point(*search[8:12]), Point(*search[12:])
+        point, best = Point(*search[8:11]), Point(*search[11:])
     for k in range(taken, steps):
-        move = step * ascent_direction(region.metric, gradient) + MOMENTUM * (point.along - previous)
-        previous, point = point.along, region.project(point.along + move, point, step)
+        trial = torch.lerp(previous, point.along, 1 + MOMENTUM)
+        trial.addcmul_(step, region.coordinates.ascent_direction(gradient))
+        previous, point = point.along, region.project(trial, point, step)
         score, gradient = evaluate(point)
 
         better = score > best_score
@@ -121,7 +111,7 @@ def attack(detector: Detector, metric: PCAMetric, seeds: Tensor, radii: Tensor, 
 
     `batch` points are attacked at once; the starts, and up to rounding the result, do not depend on it.
     progress(n) is called with n more steps of `steps` done.  The detector must be in evaluation mode.  An attack with
-    a `state` saves to it at intervals and goes on from there, to the same bits on a CPU.
+    a `state` saves to it at intervals and goes on from there, to the same bits on the same CPU and number of threads.
     """
     B, shape, device = len(seeds), seeds.shape[1:], seeds.device
     radii = radii.to(device, torch.float64)
@@ -157,17 +147,19 @@ def attack(detector: Detector, metric: PCAMetric, seeds: Tensor, radii: Tensor, 
     if images is not None:
         images = images.to(device).flatten(1)
         near = nearest(metric, seeds, images, restarts)                         # [B, restarts]
-    skip = finished
+    skip, coordinates = finished, Coordinates(metric)
     for rows in torch.arange(B, device=device).split(batch):
         for block in torch.arange(restarts, device=device).split(max(1, batch // len(rows))):
             if skip:
                 skip -= 1
                 continue
             # n = len(block) * len(rows) points: all rows of one restart, then of the next
-            region = Region(metric, seeds[rows].repeat(len(block), 1, 1, 1), radii[rows].repeat(len(block)))
+            region = Region(coordinates, seeds[rows].repeat(len(block), 1, 1, 1), radii[rows].repeat(len(block)))
             start = unit_ball(base, (block[:, None] * B + rows).flatten().tolist(), metric.dim).to(seeds)
             start[block.repeat_interleave(len(rows)) == 0] = 0
             point = region.start(region.clamp(metric.inverse(start * region.search_radius)))
+            if search is not None and not region.holds(Point(*search[8:11])):
+                search, evaluations = None, evaluations - search[0] * len(region.seeds)
             if images is not None and search is None:
                 to_image = region.start(images[near[rows][:, block].T.flatten()] - region.seeds)        # [n, D]
                 point = leave_plateau(detector.attack_score, region, point, to_image)
