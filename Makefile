@@ -91,7 +91,7 @@ $(MODELS)/.table1: $(sort $(LABELS:%=$(MODELS)/%.pt) $(MODELS)/CCU.pt) $(call st
 	@echo '$(OF1)' > $@
 
 $(MODELS)/%.pt: | $(INSTALLED)
-	$(PY) run_training.py --dataset $(DATASET) $$($(PY) -c 'import model_paths; print(model_paths.options("$*"))') --augm_flag 1 $(addprefix --epochs ,$(EPOCHS)) $(DATA) $(OUT) $(call gpu,$*) --resume 1 $(ACET) $(TRAIN_ARGS)
+	$(PY) run_training.py --dataset $(DATASET) $$($(PY) -c 'import model_paths; print(model_paths.options("$*"))') --augm_flag 1 $(if $(filter ODIN% Maha%,$*),,$(addprefix --epochs ,$(EPOCHS))) $(DATA) $(OUT) $(call gpu,$*) --resume 1 $(ACET) $(TRAIN_ARGS)
 
 # those that are there need no mixtures any more, and may be the authors'
 $(filter-out $(wildcard $(MODELS)/*.pt),$(patsubst %,$(MODELS)/%.pt,$(sort CCU CCUs $(filter CCU%,$(LABELS))))): | mixtures

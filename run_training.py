@@ -193,7 +193,7 @@ def unused_options(args) -> list[str]:
     calibrated = args.train_type in params.CALIBRATED
     names = ["steps"] * (args.train_type != "ACET")
     names += ["PCA", "metric", "n", "lr_gmm", "grad_vars"] * (args.train_type != "CEDA_GMM")
-    names += ["lr", "decay", "arch"] * calibrated
+    names += ["epochs", "amp", "lr", "decay", "arch"] * calibrated
     names += ["loglam"] * (calibrated or args.train_type in ("OE", "EDL", "GAN"))
     options = parser()
     return [f"--{name}" for name in names if getattr(args, name) != options.get_default(name)]

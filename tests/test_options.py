@@ -143,8 +143,9 @@ def test_options_that_a_method_has_no_use_for_are_named(options, unused, trained
 
 
 def test_calibration_has_no_use_for_a_networks_options():
-    args = run_training.parser().parse_args(shlex.split("--dataset Digits --train_type ODIN --arch LeNet --decay 0"))
-    assert run_training.unused_options(args) == ["--decay", "--arch"]
+    args = run_training.parser().parse_args(shlex.split("--dataset Digits --train_type ODIN --arch LeNet --decay 0 "
+                                                        "--epochs 7 --amp 1 --batch_size 8 --seed 3"))
+    assert set(run_training.unused_options(args)) == {"--decay", "--arch", "--epochs", "--amp"}
 
 
 def test_the_members_of_de_are_base_models_of_seeds_in_a_row(trained):

@@ -1,13 +1,10 @@
 """The commands: what they write, what they print, and how they refuse."""
 
-import importlib.util
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -149,58 +146,3 @@ def test_a_script_counts_numbers_below_1e_38_as_zero_and_leaves_that_to_itself(m
     monkeypatch.setattr(sys, "argv", ["script"])
     cli.run(lambda args: seen.append((torch.tensor(1e-30) * 1e-10).item()), cli.Parser("A script.").common())
     assert seen == [0.0] and (torch.tensor(1e-30) * 1e-10).item() > 0
-
-
-@pytest.fixture
-def ablation():
-    spec = importlib.util.spec_from_file_location("ablation", REPOSITORY / "benchmarks/ablation.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_ablation_starts_the_scripts_with_its_options(ablation, tmp_path, monkeypatch):
-    """In its own folder, so that paths lead out of it; a script that fails ends it."""
-    commands = []
-
-    def run(command, cwd):
-        commands.append([Path(command[1]).name, *command[2:]])
-        return SimpleNamespace(returncode=3 * (commands[-1][0] == "gen_eval.py"))
-    monkeypatch.setattr(ablation, "subprocess", SimpleNamespace(run=run))
-    monkeypatch.chdir(tmp_path)
-    args = ablation.parser().parse_args(shlex.split(
-        "--dataset Digits --epochs 2 --amp 1 --out_dataset Folder --out_dir photos --ood A=a B=b/c"))
-    with pytest.raises(SystemExit) as stop:
-        ablation.main(args)
-    *others, evaluation = commands
-    assert stop.value.code == 3 and evaluation[-3:] == ["--ood", "A=../../a", "B=../../b/c"]
-    trainings = [" ".join(command) for command in others if command[0] == "run_training.py"]
-    assert len(trainings) == 1 + len(ablation.VARIANTS)
-    assert all("--epochs 2 --amp 1" in training and "--out_dir ../../photos" in training for training in trainings)
-    assert sum("--PCA 0" in training for training in trainings) == 1
-
-
-def test_the_ablation_tells_errors_aucs_and_radii_of_each_model(ablation, digits_run, tmp_path, monkeypatch):
-    def run(command, cwd):
-        if "--label" in command:
-            label = command[command.index("--label") + 1]
-            (cwd / "checkpoints/Digits").mkdir(parents=True, exist_ok=True)
-            shutil.copy(digits_run / f"checkpoints/Digits/{'Base' if label == 'Base' else 'CCU'}.pt",
-                        cwd / f"checkpoints/Digits/{label}.pt")
-        elif Path(command[1]).name == "gen_eval.py":
-            columns = pd.MultiIndex.from_product([["Base", *ablation.VARIANTS], ["MMC", "AUC"]])
-            aucs = [[value for i in range(7) for value in (50.0, row + i)] for row in (0, 80, 90)]
-            pd.DataFrame(aucs, ["orig", "Noise", "Uniform"], columns).to_csv(cwd / "table2.csv")
-        return SimpleNamespace(returncode=0)
-    monkeypatch.setattr(ablation, "subprocess", SimpleNamespace(run=run))
-    monkeypatch.chdir(tmp_path)
-    ablation.main(ablation.parser().parse_args(["--dataset", "Digits"]))
-    table = pd.read_csv("results/ablation_Digits.csv", index_col=0)
-    assert list(table.index) == ["Base", *ablation.VARIANTS]
-    base, ccu = (load_model(digits_run / f"checkpoints/Digits/{label}.pt").meta for label in ("Base", "CCU"))
-    assert table["TE"].tolist() == pytest.approx([base["test_error"]] + 6 * [ccu["test_error"]], abs=1e-4)
-    assert table["AUC mean"].tolist() == [85, 86, 87, 88, 89, 90, 91]
-    assert table.loc["Base", ["R", "R / distance", "R > 0"]].isna().all()
-    ccus = table.drop(index="Base")
-    assert (ccus["R"] > 0).all() and (ccus["R > 0"] == 100).all()
-    assert (ccus["R / distance"].between(1, 100)).all()         # a test image is not certified to be far from the data

@@ -219,9 +219,9 @@ def run(main, parser: Parser, several: bool = False) -> None:
         stream.reconfigure(errors="replace")
     parallel.start()
     args = parser.parse_args()
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
-        with parallel.quiet():
+        with parallel.quiet(), warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
             if parallel.world_size() > 1 and not several:
                 raise UserError("runs in one process: start it with python, not with torchrun")
             if parallel.world_size() > 1 and args.download:
