@@ -36,6 +36,7 @@ from utils.backups import ATTACK, meta_of
 from utils.data import KNOWN_OOD, load_in_dist, load_ood
 from utils.errors import UserError
 from utils.out_data import load_out, resolve
+from utils.region import Coordinates
 from utils.registry import check_fit, load_ccu, load_models, name_untrained
 from utils.state import State
 
@@ -70,11 +71,12 @@ def main(args):
                  for label, model in models.items()}
         finished += parts.values()
         parallel.barrier()      # rank 0 has emptied the folders
+        coordinates = Coordinates(metric)
         batches = list(zip(seeds.split(args.batch_size), radii.split(args.batch_size), strict=True))
         units = {(label, b): parts[label] / f"{b}.pt" for label in models for b in range(len(batches))}
         for label, b in list(units)[parallel.rank()::parallel.world_size()]:
             if not units[label, b].exists():
-                attack_batch(label, models[label], metric, images, b, *batches[b], units[label, b], args, device)
+                attack_batch(label, models[label], coordinates, images, b, *batches[b], units[label, b], args, device)
         parallel.barrier()
         if parallel.rank() > 0:
             continue
@@ -172,13 +174,13 @@ def load_seeds(path: str, dataset: str, shape: tuple[int, ...]) -> torch.Tensor:
     return seeds
 
 
-def attack_batch(label, model, metric, images, b, x, r, path, args, device) -> None:
+def attack_batch(label, model, coordinates, images, b, x, r, path, args, device) -> None:
     """Worst samples and their scores of batch b, seeds x and radii r; kept in `path`, for --resume 1 too."""
     generator = torch.Generator().manual_seed(args.seed * 1000 + b)
     # another --points, as when memory ran out, repeats this batch and keeps those that are done
     state = State(path.with_suffix(f".{args.points}.state"), {}, resume=True)
     with tqdm(desc=f"{label}, batch {b + 1}", total=args.steps, leave=False, disable=None) as bar:
-        found = attack(model, metric, x.to(device), r.to(device), args.steps, args.restarts, args.alpha, generator,
+        found = attack(model, coordinates, x.to(device), r.to(device), args.steps, args.restarts, args.alpha, generator,
                        batch=args.points, progress=bar.update, state=state, images=images)
     with torch.no_grad(), evaluation.full_precision():
         unit = {"samples": found.samples.cpu(), "score": model.score(found.samples).cpu(),

@@ -46,12 +46,13 @@ class Recorder:
 
 def plain(objective, region: Region, steps: int, eta: float) -> None:
     """Un-normalised gradient ascent in the metric's coordinates."""
+    backward, weights = region.coordinates.backward, region.coordinates.weights
     point = region.start(torch.zeros_like(region.seeds))
     for _ in range(steps):
         _, gradient = score_and_gradient(objective, region.images(point.delta))
-        z = region.metric.gradient(gradient.flatten(1)) * eta
-        length = z.norm(dim=1, keepdim=True).clamp_min(1e-30)
-        point = region.project(point.along + region.metric.inverse(z) @ region.coordinates.forward, point, length)
+        g = eta * gradient.flatten(1) @ backward.T
+        length = (g.square() / weights).sum(1, keepdim=True).sqrt().clamp_min(1e-30)
+        point = region.project(point.along + g / weights, point, length)
 
 
 def known_maximum(metric: PCAMetric, seeds: torch.Tensor, radii: torch.Tensor, seed: int):

@@ -285,11 +285,11 @@ def attacks(report: Report, device: torch.device, quick: bool) -> None:
     """A step of the attack against a forward and a backward pass, and the default Table-1 job."""
     for arch in ("LeNet",) if quick and device.type == "cpu" else NETWORKS:
         ccu = make_ccu(arch, device).eval()
-        metric = ccu.gmm_in.metric
         n = 500 if arch == "LeNet" or device.type == "cuda" else 50
         channels, size, _ = NETWORKS[arch]
         x = torch.rand(n, channels, size, size, device=device)
-        region = Region(Coordinates(metric), x, torch.full((n,), 5.0, dtype=torch.float64, device=device))
+        coordinates = Coordinates(ccu.gmm_in.metric)
+        region = Region(coordinates, x, torch.full((n,), 5.0, dtype=torch.float64, device=device))
         count = 2 if quick else 10
         for label, model in {"Base": Softmax(ccu.base_model).eval(), "CCU": ccu}.items():
             took = interleaved({"one": partial(climb, model.attack_score, region, 1),
@@ -303,7 +303,7 @@ def attacks(report: Report, device: torch.device, quick: bool) -> None:
                 seeds, restarts, many = 200, 50, 500
                 if device.type == "cuda" and not quick:
                     z, radii = x[:100], region.radii[:100]          # one of two batches
-                    batch = partial(attack, model, metric, z, radii, many, restarts)
+                    batch = partial(attack, model, coordinates, z, radii, many, restarts)
                     job = 2 * interleaved({"batch": batch}, 1, device)["batch"]
                 else:
                     job = step * many * seeds * restarts / n

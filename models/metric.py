@@ -72,7 +72,3 @@ class PCAMetric(nn.Module):
     def inverse(self, z: Tensor) -> Tensor:
         """Coordinates z [B, D] -> vectors x [B, D]."""
         return z * self.singular_values.sqrt() @ self.comp_vecs
-
-    def gradient(self, grad_x: Tensor) -> Tensor:
-        """A gradient with respect to x [B, ...] as the gradient with respect to z [B, D] (chain rule)."""
-        return grad_x.flatten(1) @ self.comp_vecs.T * self.singular_values.sqrt()

@@ -9,8 +9,9 @@ from scipy.optimize import minimize
 
 from models.detectors import Detector
 from models.metric import PCAMetric
-from utils.attack import attack, linf_pgd, nearest, unit_ball
-from utils.region import Coordinates, Point, Region, distances
+from utils import attack as utils_attack
+from utils.attack import linf_pgd, nearest, unit_ball
+from utils.region import Coordinates, Region, distances
 from utils.state import State
 
 
@@ -25,6 +26,10 @@ class Function(torch.nn.Module):
 
 def gen(seed):
     return torch.Generator().manual_seed(seed)
+
+
+def attack(detector, metric, *args, **kwargs):
+    return utils_attack.attack(detector, Coordinates(metric), *args, **kwargs)
 
 
 def random_metric(D, condition, seed, dtype=torch.float32):
@@ -214,12 +219,12 @@ def test_deterministic_and_independent_of_batch_and_leaves_the_global_generator(
     assert not torch.equal(first.samples, attack(net, metric, seeds, radii, 15, 6, generator=gen(5)).samples)
 
 
-@pytest.mark.parametrize("signs", [1, -1])
-def test_goes_on_from_a_state_also_where_eigenvectors_have_other_signs(tmp_path, signs):
-    """With the same ones it goes on, to the same bits; with others it begins the block of points again."""
-    metric, net, seeds = random_metric(10, 100, seed=3), small_net(10), seeds_of(4, 10)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_goes_on_from_a_state_unless_an_eigenvector_has_another_sign(tmp_path, sign):
+    """With the same ones it goes on, to the same bits; else it begins the block of points again."""
+    coordinates, net, seeds = Coordinates(random_metric(10, 100, seed=3)), small_net(10), seeds_of(4, 10)
     options = {"seeds": seeds, "radii": torch.ones(4), "steps": 12, "restarts": 3, "batch": 4}
-    expected = attack(net, metric, generator=gen(0), **options)
+    expected = utils_attack.attack(net, coordinates, generator=gen(0), **options)
 
     class Always(State):
         def due(self):
@@ -228,34 +233,40 @@ def test_goes_on_from_a_state_also_where_eigenvectors_have_other_signs(tmp_path,
     class Stop(Exception):
         pass
 
-    def stop_at(calls):
-        def score(x):
-            nonlocal calls
-            calls -= 1
-            if calls < 0:
-                raise Stop
-            return net.attack_score(x)
-        return score
-    state = Always(tmp_path / "state", {}, resume=True)
-    stopped = Function(stop_at(20))             # in the second of three blocks
-    with pytest.raises(Stop):
-        attack(stopped, metric, generator=gen(0), state=state, **options)
-    saved = state.load()
-    search = saved["search"]
-    assert saved["finished"] == 1 and search[0] > 2
-    turned = [signs * item if i in (1, 9, 10, 12, 13) else item for i, item in enumerate(search)]
-    assert torch.equal(turned[8], Point(*search[8:11]).delta)
-    state.save(**{key: saved[key] for key in ("finished", "base", "evaluations", "best", "best_score", "distance")},
-               search=turned)
-    calls, told = 0, []
+    calls, told, state = 0, [], Always(tmp_path / "state", {}, resume=True)
 
-    def count(x):
+    def score(x):
         nonlocal calls
+        if calls == limit:
+            raise Stop
         calls += x.requires_grad
         return net.attack_score(x)
-    found = attack(Function(count), metric, generator=gen(9), state=state, progress=told.append, **options)
-    assert torch.equal(found.samples, expected.samples) and sum(told) == 12
-    assert calls == 24 - (search[0] if signs == 1 else 0)
+    limit = 18                  # in the second of three blocks
+    with pytest.raises(Stop):
+        utils_attack.attack(Function(score), coordinates, generator=gen(0), state=state, **options)
+    saved = state.load()
+    assert saved["finished"] == 1 and saved["search"][0] == 6
+    coordinates.forward[:, 3] *= sign
+    coordinates.backward[3] *= sign
+    calls, limit = 0, 100
+    found = utils_attack.attack(Function(score), coordinates, generator=gen(9), state=state, progress=told.append,
+                                **options)
+    assert calls == 24 - (6 if sign == 1 else 0) and sum(told) == 12
+    torch.testing.assert_close(found.samples, expected.samples, atol=0 if sign == 1 else 1e-5, rtol=0)
+
+
+def test_a_score_that_rises_for_ever_leaves_the_numbers_finite():
+    """Then every step is longer than the last."""
+    rising, points = 0.0, []
+
+    def score(x):
+        nonlocal rising
+        rising += 1
+        points.append(x.detach())
+        return 0 * x.sum(1) + x[:, 0] / 10 + rising
+    found = attack(Function(score), random_metric(10, 100, seed=3), seeds_of(2, 10), torch.ones(2), steps=1000,
+                   restarts=1, generator=gen(0))
+    assert found.samples.isfinite().all() and all(x.isfinite().all() for x in points)
 
 
 def test_radius_zero_is_the_seed():

@@ -112,6 +112,12 @@ def log_ratio(ccu: CCU, x: torch.Tensor) -> torch.Tensor:
     return log_in - log_out
 
 
+def gradient_in_z(ccu: CCU, points: torch.Tensor) -> torch.Tensor:
+    """Of log_ratio at the points [N, D], with respect to the metric's coordinates."""
+    z = ccu.gmm_in.metric.transform(points).detach().requires_grad_()
+    return torch.autograd.grad(log_ratio(ccu, ccu.gmm_in.metric.inverse(z)).sum(), z)[0]
+
+
 def worst_confidence(ccu: CCU, x, radius, seed: int, samples: int, starts: int, steps: int):
     """The largest confidence [B] of a float64 `ccu` found in the balls, and the number of points evaluated."""
     g = torch.Generator().manual_seed(seed)
@@ -135,9 +141,9 @@ def worst_confidence(ccu: CCU, x, radius, seed: int, samples: int, starts: int, 
     start, limit = spread(starts)
     u = in_ball(starts)
     for step in range(steps):                           # normalised ascent on log p(x|i)/p(x|o) in z
-        points = step_into_ball(metric, start, u, limit).requires_grad_()
-        gradient = metric.gradient(torch.autograd.grad(log_ratio(ccu, points).sum(), points)[0])
-        u = metric.transform(points.detach() - start)
+        points = step_into_ball(metric, start, u, limit)
+        gradient = gradient_in_z(ccu, points)
+        u = metric.transform(points - start)
         size = limit * 0.5 * 0.02 ** (step / steps)
         u = u + gradient / gradient.norm(dim=1, keepdim=True).clamp_min(1e-300) * size[:, None]
         worst = torch.maximum(worst, confidence(step_into_ball(metric, start, u, limit)))
@@ -232,12 +238,12 @@ def test_one_pair_is_exact(ccu, seed):
     x, _, radius = points_and_radii(ccu, seed, 4)
     exact = in_float64(ccu)
     metric = exact.gmm_in.metric
-    points = x.double().requires_grad_()
-    direction = metric.gradient(torch.autograd.grad(log_ratio(exact, points).sum(), points)[0])
+    points = x.double()
+    direction = gradient_in_z(exact, points)
     direction = direction / direction.norm(dim=1, keepdim=True).clamp_min(1e-300)
     share = torch.linspace(0, 1, 20001, dtype=torch.float64)
     for i in range(4):
-        line = points[i].detach() + metric.inverse(share[:, None] * radius[i] * direction[i])
+        line = points[i] + metric.inverse(share[:, None] * radius[i] * direction[i])
         with torch.no_grad():
             true = log_ratio(exact, line).max()
         bound = confidence_bound(ccu, x[i:i + 1], radius[i])[0]

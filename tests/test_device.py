@@ -17,6 +17,7 @@ from utils import load_model, save_model
 from utils.attack import attack
 from utils.batches import ImageSet
 from utils.evaluation import evaluate
+from utils.region import Coordinates
 
 if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
     pytest.skip("this PyTorch knows no backends in Python", allow_module_level=True)
@@ -101,7 +102,7 @@ def test_scores_are_of_full_precision_on_a_gpu(precisions):
 
 def test_an_attack_climbs_fast_and_chooses_in_full_precision(precisions):
     model, seeds = Softmax(build_classifier("LeNet", 1, 8, 10)).eval(), torch.rand(3, 1, 8, 8)
-    attack(model, PCAMetric.euclidean(64), seeds, torch.ones(3), steps=4, restarts=1)
+    attack(model, Coordinates(PCAMetric.euclidean(64)), seeds, torch.ones(3), steps=4, restarts=1)
     assert precisions == [FULL] + 4 * [FAST] + [FULL]       # the seeds, the search, what it found
 
 

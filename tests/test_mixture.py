@@ -73,14 +73,10 @@ def test_whitened_training_data_have_unit_variance():
     torch.testing.assert_close(z.T.cov(), torch.eye(6), atol=1e-3, rtol=0)
 
 
-def test_inverse_undoes_transform_and_gradient_is_the_chain_rule():
+def test_inverse_undoes_transform():
     metric = random_gmm(9, 2).metric
     x = torch.rand(4, 9, dtype=torch.float64)
     torch.testing.assert_close(metric.inverse(metric.transform(x)), x, atol=1e-6, rtol=0)
-    z = metric.transform(x).requires_grad_()
-    w = torch.randn(9, dtype=torch.float64)
-    grad_z, = torch.autograd.grad((metric.inverse(z) @ w).sum(), z)
-    torch.testing.assert_close(metric.gradient(w.expand(4, 9)), grad_z, atol=1e-6, rtol=1e-6)
 
 
 def test_squared_distances_survive_a_large_offset():

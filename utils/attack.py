@@ -13,6 +13,7 @@ import params
 from models.detectors import Detector
 from models.gmm import squared_distances
 from models.metric import PCAMetric
+from utils import files
 from utils.evaluation import full_precision
 from utils.region import Coordinates, Point, Region, choose, choose_point
 from utils.state import State
@@ -44,6 +45,7 @@ MOMENTUM = 0.25         # share of the last move that is made again (0.75 for th
 PATIENCE = 3            # gradients without a better score after which a point goes back and halves its step
 GROWTH = 1.1            # of the step at each better score
 SHORTEST = 0.01         # of the first step: there the step is the first again, and the patience doubled
+LONGEST = 1e6           # of the first step: float32 ends somewhere
 
 
 def ascend(objective: Callable[[Tensor], Tensor], region: Region, point: Point, steps: int, step: Tensor,
@@ -78,6 +80,7 @@ def ascend(objective: Callable[[Tensor], Tensor], region: Region, point: Point, 
         back = stalled == patience
         stalled = stalled.masked_fill(back, 0)
         step = step * torch.where(better, GROWTH, torch.where(back, 0.5, 1.0))[:, None]
+        step = step.minimum(LONGEST * first)
         short = step < SHORTEST * first
         step, patience = torch.where(short, first, step), torch.where(short[:, 0], 2 * patience, patience)
         point, previous = choose_point(back, best, point), choose(back, best.along, previous)
@@ -87,23 +90,23 @@ def ascend(objective: Callable[[Tensor], Tensor], region: Region, point: Point, 
 
 
 @torch.no_grad()
-def attack(detector: Detector, metric: PCAMetric, seeds: Tensor, radii: Tensor, steps: int = params.ATTACK_STEPS,
+def attack(detector: Detector, coordinates: Coordinates, seeds: Tensor, radii: Tensor, steps: int = params.ATTACK_STEPS,
            restarts: int = params.ATTACK_RESTARTS, alpha: float = params.ATTACK_ALPHA,
            generator: torch.Generator | None = None, batch: int = params.ATTACK_POINTS,
            progress: Callable[[int], object] | None = None, state: State | None = None,
            images: Tensor | None = None) -> AttackResult:
     """Maximise detector.attack_score(x) over { x in [0, 1]^D : d(x, seed) <= radius }, for every seed.
 
-    seeds [B, C, H, W] in [0, 1]; radii [B] in the metric's units, 0 to infinity.  `restarts` searches of `steps`
-    gradients each: the first from the seed, the others from a point uniform in the ball (r = R u^(1/D) in the
-    metric), projected into the cube.  The seed itself is a candidate.  Every candidate is checked in float64 and
-    scored again before it is compared.
+    d is the metric of which `coordinates` are.  seeds [B, C, H, W] in [0, 1]; radii [B] in its units, 0 to infinity.
+    `restarts` searches of `steps` gradients each: the first from the seed, the others from a point uniform in the
+    ball (r = R u^(1/D) in the metric), projected into the cube.  The seed itself is a candidate.  Every candidate is
+    checked in float64 and scored again before it is compared.
 
     A network may be so sure of noise that no pixel changes its score: from a start without any gradient no search can
     leave.  With `images` [N, C, H, W] of the in-distribution it then begins as far as the ball reaches on the straight
     way to one of them (search r of a seed: to the r-th nearest), if the score is higher there.
 
-    A search steps along the gradient with respect to z, scaled to the step's length, with momentum, and projects
+    A search steps along the metric's steepest ascent, scaled to the step's length, with momentum, and projects
     (Region.project).  alpha: length of the first step in tenths of the radius (3: 0.3 R).  The published code's
     is in the metric's units, but radii differ a thousandfold between data sets.  Each point has its own step:
     10 % longer at each better score, halved after three gradients without one, when the search goes back to its
@@ -113,7 +116,7 @@ def attack(detector: Detector, metric: PCAMetric, seeds: Tensor, radii: Tensor, 
     progress(n) is called with n more steps of `steps` done.  The detector must be in evaluation mode.  An attack with
     a `state` saves to it at intervals and goes on from there, to the same bits on the same CPU and number of threads.
     """
-    B, shape, device = len(seeds), seeds.shape[1:], seeds.device
+    B, shape, device, metric = len(seeds), seeds.shape[1:], seeds.device, coordinates.metric
     radii = radii.to(device, torch.float64)
     if detector.training:
         raise ValueError("the detector must be in evaluation mode")
@@ -134,20 +137,24 @@ def attack(detector: Detector, metric: PCAMetric, seeds: Tensor, radii: Tensor, 
     with full_precision():      # as in the tables
         best_score = torch.cat([without_nan(detector.attack_score(x)) for x in seeds.split(batch)])
     finished, search = 0, None      # blocks of points; the search of the next
+    # eigenvectors have other signs on another machine or number of threads
+    basis = files.digest(coordinates.forward) if state is not None else None
     if state is not None and (saved := state.load()) is not None:
         finished, base, evaluations = saved["finished"], saved["base"], saved["evaluations"]
         best, best_score, distance = (saved[key].to(device) for key in ("best", "best_score", "distance"))
         search = [item.to(device) if isinstance(item, Tensor) else item for item in saved["search"]]
+        if saved["basis"] != basis:     # the block of points begins again
+            search, evaluations = None, evaluations - search[0] * len(search[1])
 
     def keep(search: list):
         if state is not None and state.due():
             state.save(finished=finished, base=base, evaluations=evaluations, best=best, best_score=best_score,
-                       distance=distance, search=search)
+                       distance=distance, basis=basis, search=search)
 
     if images is not None:
         images = images.to(device).flatten(1)
         near = nearest(metric, seeds, images, restarts)                         # [B, restarts]
-    skip, coordinates = finished, Coordinates(metric)
+    skip = finished
     for rows in torch.arange(B, device=device).split(batch):
         for block in torch.arange(restarts, device=device).split(max(1, batch // len(rows))):
             if skip:
@@ -158,8 +165,6 @@ def attack(detector: Detector, metric: PCAMetric, seeds: Tensor, radii: Tensor, 
             start = unit_ball(base, (block[:, None] * B + rows).flatten().tolist(), metric.dim).to(seeds)
             start[block.repeat_interleave(len(rows)) == 0] = 0
             point = region.start(region.clamp(metric.inverse(start * region.search_radius)))
-            if search is not None and not region.holds(Point(*search[8:11])):
-                search, evaluations = None, evaluations - search[0] * len(region.seeds)
             if images is not None and search is None:
                 to_image = region.start(images[near[rows][:, block].T.flatten()] - region.seeds)        # [n, D]
                 point = leave_plateau(detector.attack_score, region, point, to_image)

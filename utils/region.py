@@ -70,11 +70,6 @@ class Region:
         along = delta @ self.coordinates.forward
         return self.pull_back(Point(delta, along, torch.zeros_like(delta)))
 
-    def holds(self, point: Point) -> bool:
-        """Whether a point that was saved is of these Coordinates: eigenvectors have other signs on another machine."""
-        along = point.delta @ self.coordinates.forward
-        return torch.allclose(along, point.along, rtol=0, atol=0.01 * along.abs().max().item())
-
     def pull_back(self, point: Point) -> Point:
         """Along the segment to the seed until it is in the ball; a point of the cube stays in the cube."""
         norm = (point.along * self.coordinates.weights.sqrt()).norm(dim=1, keepdim=True)
@@ -86,13 +81,14 @@ class Region:
 
         The projection in the metric onto ball and cube: min |d - trial|_A^2 / 2 with |d|_A <= R and d = v, v in the
         cube.  A round of the alternating direction method of multipliers with the penalty rho |d - v|_P^2 / 2 is, in
-        Coordinates, d = (a trial + rho (v - u)) / (a (1 + mu) + rho), where mu >= 0 puts d on the sphere (Newton steps
-        of More and Hebden), then v = clamp(d' + u), the nearest point of the cube because P is diagonal, and
-        u = u + d' - v; over-relaxed, d' = d + 0.8 (d - v) with the v before.
+        Coordinates, d = (a trial + rho (v - u)) / (a (1 + mu) + rho), where mu >= 0 puts d on the sphere (nearly:
+        Newton steps of More and Hebden, which end outside), then v = clamp(d' + u), the nearest point of the cube
+        because P is diagonal, and u = u + d' - v; over-relaxed, d' = v + relaxation (d - v) with the v before.
 
         One round does, since it starts where the last step ended: v at the feasible point `current`, and u from its
-        force, which is rho u for a step [N, 1] of length 1.  Steps and rounds converge together.  The pull-back makes
-        the result exact.
+        force, which is rho u for a step [N, 1] of length 1.  So steps and rounds converge together, as a rule: where A
+        stays ill-conditioned in Coordinates they may circle, and the search keeps its best point.  The pull-back makes
+        the result feasible.
 
         Why not simply clamp and pull back: clamped pixels are far away in the metric, and a pull-back that mends them
         shrinks everything, so that the search ends below the maximum.
@@ -100,7 +96,7 @@ class Region:
         a, rho, force = self.coordinates.weights, self.coordinates.penalty, step * current.force
         c, R = (rho * current.along).addcmul_(a, trial).sub_(force), self.search_radius.clamp_min(1e-20)
         mu = torch.zeros_like(R)
-        for _ in range(2):
+        for _ in range(3):
             stiff = torch.addcmul(a + rho, a, mu)                                   # a (1 + mu) + rho
             terms = (c / stiff).square_().mul_(a)
             square = terms.sum(1, keepdim=True)
