@@ -7,6 +7,10 @@ from torch import Tensor
 
 from models.metric import PCAMetric
 
+# Stiffer, the search ends closer to corners of ball and cube; looser, it takes longer steps along the images' own
+# directions, whose weights are small, and leaves regions sooner where a network's score hardly rises.
+STIFFNESS = 0.3         # Coordinates.penalty is a geometric mean of the smallest weight and, to this share, the largest
+
 
 class Coordinates:
     """Coordinates of pixel differences delta [N, D], in which a search moves: along = delta @ forward [N, D].
@@ -24,7 +28,8 @@ class Coordinates:
         a, W = torch.linalg.eigh(A / scale / scale[:, None])            # ascending
         a = a.clamp_min(len(a) * torch.finfo(a.dtype).eps * a[-1])      # rounding may leave a tiny a_k negative
         dtype, self.metric = metric.comp_vecs.dtype, metric
-        self.weights, self.penalty = a.to(dtype), (a[0] * a[-1]).sqrt().to(dtype)       # [D]; a number (Region.project)
+        self.weights = a.to(dtype)                                                      # [D]
+        self.penalty = (a[0] ** (1 - STIFFNESS) * a[-1] ** STIFFNESS).to(dtype)         # of Region.project
         self.forward = (scale[:, None] * W).to(dtype)                                   # [D, D]
         self.backward = (W.T / scale).to(dtype)                                         # [D, D], its inverse
 
