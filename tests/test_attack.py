@@ -157,7 +157,7 @@ def test_reaches_the_maximum_of_a_concave_function(D, condition):
         assert found.attack_score[b].item() <= best + 1e-5 * abs(best)
 
 
-@pytest.mark.parametrize("metric, least", [("digits", 0.995), ("pixels", 0.999), ("rotation", 0.85)])
+@pytest.mark.parametrize("metric, least", [("digits", 0.995), ("pixels", 0.999), ("rotation", 0.75)])
 def test_reaches_the_maximum_of_a_linear_function_of_many_ill_conditioned_pixels(metric, least):
     """In the metric of Digits, as training augments them, of 100 pixels whose variances differ, and of a rotation.
 

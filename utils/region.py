@@ -7,10 +7,6 @@ from torch import Tensor
 
 from models.metric import PCAMetric
 
-# Stiffer, the search ends closer to corners of ball and cube; looser, it takes longer steps along the images' own
-# directions, whose weights are small, and leaves regions sooner where a network's score hardly rises.
-STIFFNESS = 0.3         # Coordinates.penalty is a geometric mean of the smallest weight and, to this share, the largest
-
 
 class Coordinates:
     """Coordinates of pixel differences delta [N, D], in which a search moves: along = delta @ forward [N, D].
@@ -29,7 +25,9 @@ class Coordinates:
         a = a.clamp_min(len(a) * torch.finfo(a.dtype).eps * a[-1])      # rounding may leave a tiny a_k negative
         dtype, self.metric = metric.comp_vecs.dtype, metric
         self.weights = a.to(dtype)                                                      # [D]
-        self.penalty = (a[0] ** (1 - STIFFNESS) * a[-1] ** STIFFNESS).to(dtype)         # of Region.project
+        # of Region.project: stiffer, the search ends closer to the corners of ball and cube; looser, it takes longer
+        # steps in the directions in which images vary, whose weights are small
+        self.penalty = a.quantile(0.1).to(dtype)
         self.forward = (scale[:, None] * W).to(dtype)                                   # [D, D]
         self.backward = (W.T / scale).to(dtype)                                         # [D, D], its inverse
 
