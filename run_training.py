@@ -64,8 +64,13 @@ def main(args):
     if mixtures and (pixels := data.images[0].numel()) != mixtures[0].metric.dim:
         raise UserError(f"the mixtures were fitted on images of {mixtures[0].metric.dim} values, {args.dataset}'s have "
                         f"{pixels}: run gen_gmm.py again, with the same --image_size")
-    out = (load_out(out_name, data, args.data_dir, args.out_dir, seed=args.seed, download=args.download,
-                    n=params.CALIBRATION_IMAGES if calibrated else None) if out_name else None)
+    out = None
+    if calibrated:
+        out = load_out(out_name, data, args.data_dir, args.out_dir, n=params.CALIBRATION_IMAGES, seed=args.seed,
+                       download=args.download)
+    elif out_name:
+        uses = args.epochs * len(data) * objectives.OBJECTIVES[args.train_type].out_batch_ratio
+        out = load_out(out_name, data, args.data_dir, args.out_dir, seed=args.seed, download=args.download, uses=uses)
     files.lock(path)
     cli.keep_freed_memory()
     if path.exists() and parallel.rank() == 0:

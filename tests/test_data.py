@@ -531,6 +531,8 @@ def test_photos_and_other_sets(tmp_path):
     assert photos.name == "Photos" and photos.images.shape == (50, 1, 28, 28)
     assert torch.equal(photos.images, again.images)
     images, _ = write_mnist(tmp_path / "MNIST")
+    assert len(load_out("Photos", like, tmp_path, uses=70)) == 70       # no more crops than a training takes
+    assert len(load_out("MNIST", like, tmp_path, uses=2)) == len(images)    # files' images cost nothing
     other = load_out("MNIST", like, tmp_path, n=5)
     pool = {i.tobytes() for i in images}
     assert len(other) == 5 and all(i.numpy().tobytes() in pool for i in other.images) and other.labels is None

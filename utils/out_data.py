@@ -41,14 +41,15 @@ def resolve(name: str, data_dir: str | Path) -> str:
 
 
 def load_out(name: str, like: ImageSet, data_dir: str | Path, out_dir: str | Path | None = None,
-             split: str = "train", n: int | None = None, seed: int = 0,
-             download: bool = False) -> ImageSet:
+             split: str = "train", n: int | None = None, seed: int = 0, download: bool = False,
+             uses: int | None = None) -> ImageSet:
     """An out-distribution in the shape and on the device of `like`, in random order, without labels.
 
     Fixed images (TinyImages, RandomImages300k, another data set) give a seeded choice of n, or all if they
     are fewer; photos (Folder: all below out_dir, Photos: one photograph) give n random crops.  Without n:
-    params.OUT_IMAGES or OUT_CROPS images for split "train", OUT_TEST for "test".  Raises MissingData, or
-    UserError for what is damaged, empty, unknown or the in-distribution itself.
+    params.OUT_IMAGES or OUT_CROPS images for split "train", OUT_TEST for "test"; no more crops are cut than
+    a training `uses`.  Raises MissingData, or UserError for what is damaged, empty, unknown or the
+    in-distribution itself.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split is train or test, not {split}")
@@ -61,6 +62,8 @@ def load_out(name: str, like: ImageSet, data_dir: str | Path, out_dir: str | Pat
     if n is None:
         n = (params.OUT_CROPS if crops else params.OUT_IMAGES) if split == "train" else params.OUT_TEST
         n = min(n, max(1, params.OUT_BYTES // like.images.shape[1:].numel()))
+        if crops and uses is not None:
+            n = min(n, uses)
     if name == "Photos":
         images = _photo(split, n, shape, rng)
     elif name == "Folder":
