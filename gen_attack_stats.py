@@ -64,7 +64,8 @@ def main(args):
                   "and their attacks cannot move", file=sys.stderr)
         start = time.monotonic()
         on_test = test.to(device)       # a model that gives NaN is found before the attack, not after
-        tested = {label: evaluation.evaluate(model, on_test, params.EVAL_BATCH_SIZE) for label, model in models.items()}
+        at_once = min(params.EVAL_BATCH_SIZE, args.points)
+        tested = {label: evaluation.evaluate(model, on_test, at_once) for label, model in models.items()}
         chosen = torch.randperm(len(test), generator=torch.Generator().manual_seed(args.seed))[:params.ATTACK_IMAGES]
         images = test.floats(chosen)
         parts = {label: unit_folder(dataset, label, model, metric, seeds, radii, images, args)
@@ -182,9 +183,12 @@ def attack_batch(label, model, coordinates, images, b, x, r, path, args, device)
     with tqdm(desc=f"{label}, batch {b + 1}", total=args.steps, leave=False, disable=None) as bar:
         found = attack(model, coordinates, x.to(device), r.to(device), args.steps, args.restarts, args.alpha, generator,
                        batch=args.points, progress=bar.update, state=state, images=images)
+
+    def of(function, images):
+        return torch.cat([function(part) for part in images.split(args.points)]).cpu()
     with torch.no_grad(), evaluation.full_precision():
-        unit = {"samples": found.samples.cpu(), "score": model.score(found.samples).cpu(),
-                "prediction": model(found.samples).argmax(1).cpu(), "seed_score": model.score(x.to(device)).cpu()}
+        unit = {"samples": found.samples.cpu(), "score": of(model.score, found.samples),
+                "prediction": of(model, found.samples).argmax(1), "seed_score": of(model.score, x.to(device))}
     files.save(unit, path)
     state.remove()
     print(f"{label}, batch {b + 1}: mean score {unit['seed_score'].mean():.4f} -> {unit['score'].mean():.4f}",

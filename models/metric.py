@@ -32,9 +32,10 @@ class PCAMetric(nn.Module):
         n, D = X.shape
         if n < 2:
             raise ValueError(f"a metric needs at least 2 images, got {n}")
-        mean = X.mean(0, dtype=torch.float64)
+        blocks = X.split(8192)
+        mean = sum(block.double().sum(0) for block in blocks) / n
         scatter = torch.zeros(D, D, dtype=torch.float64, device=X.device)
-        for block in X.split(8192):
+        for block in blocks:
             centred = block.double() - mean
             scatter += centred.T @ centred
         eigenvalues, eigenvectors = torch.linalg.eigh(scatter)          # ascending

@@ -41,7 +41,7 @@ def without_nan(score: Tensor) -> Tensor:
     return score.masked_fill(score.isnan(), -torch.inf)
 
 
-MOMENTUM = 0.25         # share of the last move that is made again (0.75 for the gradient, as in Auto-PGD)
+MOMENTUM = 0.25         # share of the last move that is made again, as in Auto-PGD, which weights the new one by 0.75
 PATIENCE = 3            # gradients without a better score after which a point goes back and halves its step
 GROWTH = 1.1            # of the step at each better score
 SHORTEST = 0.01         # of the first step: there the step is the first again, and the patience doubled
