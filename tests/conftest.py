@@ -1,7 +1,6 @@
 """Shared by the tests: a small Digits run, made once by the scripts themselves."""
 
 import importlib
-import os
 import shutil
 import sys
 
@@ -34,13 +33,11 @@ def run_script(command: str):
 def digits_run(tmp_path_factory):
     """A folder with the mixtures, Base and CCU of a short run; tests read it and write elsewhere."""
     folder = tmp_path_factory.mktemp("digits")
-    before = os.getcwd()
-    os.chdir(folder)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("params.OUT_FIT_IMAGES", 2_000)
         for command in COMMANDS:
             run_script(command)
-    finally:
-        os.chdir(before)
     return folder
 
 

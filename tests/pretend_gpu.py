@@ -128,6 +128,17 @@ class Module(backend_registration._DummyBackendModule):
         return [torch.bfloat16]
 
 
+def shorten(setattr) -> None:
+    """Let the scripts take 360 images of a data set and 2,000 out-images: enough to see what they do."""
+    import params
+    for name in ("OUT_CROPS", "OUT_FIT_IMAGES"):
+        setattr(params, name, 2_000)
+    for name in ("gen_gmm", "run_training", "gen_eval", "gen_attack_stats"):
+        script = importlib.import_module(name)
+        setattr(script, "load_in_dist",
+                lambda *args, whole=script.load_in_dist: whole(*args).subset(slice(360)))
+
+
 def main(record: str, *commands: str) -> None:
     backend_registration._setup_privateuseone_for_python_backend(rename=NAME, backend_module=Module())
     # .to(device) cannot change the inside of a subclass: parameters are replaced
@@ -135,11 +146,10 @@ def main(record: str, *commands: str) -> None:
     torch.Generator = Generator
     for name in ("rand", "randn", "randint", "randperm"):
         setattr(torch, name, checked(getattr(torch, name)))
-    import params
     from utils import cli, state
     cli.device = lambda gpu: torch.device(NAME, 0)
     state.SAVE_EVERY = float("inf")      # saving waits for the device: rightly, but at times of its own
-    params.OUT_CROPS = 2_000      # which take seconds
+    shorten(setattr)
     counts = []
     for command in commands:
         script, *sys.argv[1:] = command.split()
