@@ -214,7 +214,8 @@ def speed(path: Path) -> str:
     rows = {name: (f"{value} {unit}", *others) for name, (value, unit, *others) in cells.items()}
     table = pd.DataFrame(rows, ["measured", "baseline", "ratio", "target", "met"]).T
     return (f"### Speed, {machine['gpu'] or machine['processor']}, {machine['threads']} threads\n\n"
-            f"PyTorch {machine['torch']}, commit {record['commit']}, {record['time']}.\n\n    {record['command']}\n\n"
+            f"`{path}`: PyTorch {machine['torch']}, commit {record['commit']}, {record['time']}.\n\n"
+            f"    {record['command']}\n\n"
             + markdown(table) + "\n")
 
 

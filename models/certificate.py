@@ -49,18 +49,18 @@ RELATIVE = 1e-9                             # of certified_radius
 EPS = torch.finfo(torch.float64).eps        # 2 u
 
 
-def peak_of(g: Tensor, a: Tensor) -> Tensor:
-    """How far along g the quadratic g.u - a |u|^2 / 2 increases: g/a if a > 0; for ever if linear or convex."""
-    return torch.where(a > 0, g / a, math.inf)
+def peak_of(norm: Tensor, a: Tensor) -> Tensor:
+    """How far along g, norm = |g|, the quadratic g.u - a |u|^2 / 2 increases: for ever if it is linear or convex."""
+    return torch.where(a > 0, norm / a, math.inf)
 
 
-def ball_max(h: Tensor, g: Tensor, a: Tensor, peak: Tensor, R: Tensor) -> Tensor:
-    """max of h + g.u - a |u|^2 / 2 over |u| <= R, from the length g = |g|.
+def ball_max(h: Tensor, norm: Tensor, a: Tensor, peak: Tensor, R: Tensor) -> Tensor:
+    """max of h + g.u - a |u|^2 / 2 over |u| <= R, from norm = |g|.
 
-    On |u| = t it is h + g t - a t^2 / 2, at u along g (Cauchy-Schwarz), so that t = min(R, peak).
+    On |u| = t it is h + |g| t - a t^2 / 2, at u along g (Cauchy-Schwarz), so that t = min(R, peak).
     """
     t = torch.minimum(R, peak)
-    return torch.addcmul(g, a, t, value=-0.5).mul_(t).add_(h)
+    return torch.addcmul(norm, a, t, value=-0.5).mul_(t).add_(h)
 
 
 class Mixtures:
@@ -112,7 +112,7 @@ class Balls:
         self.z_error = self.eps * self.reach                                    # [B]
         # [B] >= |a| + |b| in every centred product, also where points differ by less than z does by rounding
         self.size = 4 * farthest.sqrt() + 2 * self.z_error
-        self.quadratics = []                            # (h, g, a, peak) of (3), each [B, K, number of q]
+        self.quadratics = []                            # (h, |g|, a, peak) of (3), each [B, K, number of q]
         if method == "tight" and not m.single:
             self.quadratics = [self.pairs()]
             weights = [self.quadratic(q) for share in RADII for q in self.mixed_weights(share)]
@@ -154,22 +154,22 @@ class Balls:
         return (a * (in_d2 - out_d2) + between + 2 * error).clamp_min(0).sqrt()
 
     def pairs(self) -> tuple[Tensor, ...]:
-        """h, g, a, peak of (3) with q = one component l  [B, K, L]."""
+        """h, |g|, a, peak of (3) with q = one component l  [B, K, L]."""
         m = self.m
         h = self.log_in[:, :, None] - self.log_out[:, None]
         a = m.prec_in[:, None] - m.prec_out
-        g = self.length(a, (m.prec_in * self.d2_in)[:, :, None], (m.prec_out * self.d2_out)[:, None],
-                        m.prec_in[:, None] * m.prec_out * m.mu_nu)
-        return h, g, a, peak_of(g, a)
+        norm = self.length(a, (m.prec_in * self.d2_in)[:, :, None], (m.prec_out * self.d2_out)[:, None],
+                           m.prec_in[:, None] * m.prec_out * m.mu_nu)
+        return h, norm, a, peak_of(norm, a)
 
     def quadratic(self, q: Tensor) -> tuple[Tensor, ...]:
-        """h, g, a, peak of (3) for the weights q [B, L]  [B, K]."""
+        """h, |g|, a, peak of (3) for the weights q [B, L]  [B, K]."""
         m, c = self.m, q * self.m.prec_out                                      # c_l = q_l / theta_l^2
         h = self.log_in - (q * self.log_out - torch.special.xlogy(q, q)).sum(1, keepdim=True)
         a = m.prec_in - c.sum(1, keepdim=True)
         between = m.prec_in * (c @ m.mu_nu.T) - (c * (c @ m.nu_nu)).sum(1, keepdim=True) / 2
-        g = self.length(a, m.prec_in * self.d2_in, (c * self.d2_out).sum(1, keepdim=True), between)
-        return h, g, a, peak_of(g, a)
+        norm = self.length(a, m.prec_in * self.d2_in, (c * self.d2_out).sum(1, keepdim=True), between)
+        return h, norm, a, peak_of(norm, a)
 
     def mixed_weights(self, share: float) -> list[Tensor]:
         """Two weights q [B, L] that make the bound small at R = share * d(x0, nearest mu).
@@ -179,13 +179,14 @@ class Balls:
         """
         m, R = self.m, share * self.d2_in.amin(1, keepdim=True).sqrt()          # [B, 1]
         q = self.log_L_terms(R[:, 0]).softmax(1)
-        h, g, a, peak = self.quadratic(q)
-        k = ball_max(h, g, a, peak, R).argmax(1, keepdim=True)                  # [B, 1]
-        t, g, a, prec_in = torch.minimum(R, peak.gather(1, k)), g.gather(1, k), a.gather(1, k), m.prec_in[k]
+        h, norm, a, peak = self.quadratic(q)
+        k = ball_max(h, norm, a, peak, R).argmax(1, keepdim=True)               # [B, 1]
+        t, norm, a, prec_in = torch.minimum(R, peak.gather(1, k)), norm.gather(1, k), a.gather(1, k), m.prec_in[k]
         c = q * m.prec_out
         g_v = ((c * self.d2_out).sum(1, keepdim=True) - prec_in * self.d2_in.gather(1, k) - a * self.d2_out
                - c @ m.nu_nu + prec_in * m.mu_nu[k[:, 0]]) / 2                  # g_k.(z_x0 - nu_l) [B, L]
-        moved = t * g_v / g.clamp_min(torch.finfo(g.dtype).tiny) + t.square() / 2       # z_x* = z_x0 + t g_k / |g_k|
+        # z_x* = z_x0 + t g_k / |g_k|
+        moved = t * g_v / norm.clamp_min(torch.finfo(norm.dtype).tiny) + t.square() / 2
         return [q, (self.log_out - m.prec_out * moved).softmax(1)]
 
     def log_tight(self, R: Tensor) -> Tensor:
