@@ -23,7 +23,8 @@ from utils.errors import UserError
 SHORT = {"MNIST-100epochs": ("Base", "CEDA", "OE", "ODIN", "Maha", "CCUs", "CCU"),
          "MNIST": ("Base", "CEDA", "OE", "CCUs", "CCU"),
          "MNIST-ACET": ("Base", "ACET", "CCU"),
-         "FMNIST-LeNet": ("Base", "CEDA", "CCU")}
+         "FMNIST-LeNet": ("Base", "CEDA", "CCU"),
+         "Folder-CIFAR10-JPEG": ("Base", "CEDA", "CCU")}
 BEGIN, END = "<!-- results: written by gen_results.py -->\n", "<!-- end of results -->\n"
 SHORTEST = params.EPOCHS / 20       # a run of fewer epochs compares with no whole one
 AUTHORS = Path(__file__).parent / "results" / "authors_2019-05.csv"
@@ -52,7 +53,7 @@ def short() -> str:
             shown = [label for label in labels if label in figures]
             epochs = sorted({runs[label]["epochs"] for label in shown if "epochs" in runs[label]})
             trained = f"{' and '.join(map(str, epochs))} epochs" if epochs else "epochs unknown"
-            parts.append(f"{heading(dataset_of(name), runs)}, {trained}:\n\n"
+            parts.append(f"{heading(title_of(name), runs)}, {trained}:\n\n"
                          + markdown(figures[shown].map(show)))
     return "\n".join(parts)
 
@@ -96,6 +97,12 @@ def names_there() -> list[str]:
 
 def dataset_of(name: str) -> str:
     return name.partition("-")[0]
+
+
+def title_of(name: str) -> str:
+    """The data set, of a folder of images what the table calls it."""
+    dataset, _, more = name.partition("-")
+    return more if dataset == "Folder" and more else dataset
 
 
 def section(name: str) -> str:

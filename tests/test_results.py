@@ -170,3 +170,9 @@ def test_the_readme_shows_the_results_that_are_committed(tmp_path, monkeypatch):
 def test_labels_with_a_seed(label, base, options):
     assert model_paths.base_of(label) == base
     assert model_paths.options(label) == options
+
+
+@pytest.mark.parametrize("name, title", [("MNIST", "MNIST"), ("MNIST-100epochs", "MNIST"), ("Folder", "Folder"),
+                                         ("Folder-CIFAR10-JPEG", "CIFAR10-JPEG")])
+def test_a_folders_table_is_called_after_its_images(name, title):
+    assert gen_results.title_of(name) == title
