@@ -101,8 +101,8 @@ def dataset_of(name: str) -> str:
 
 def title_of(name: str) -> str:
     """The data set, of a folder of images what the table calls it."""
-    dataset, _, more = name.partition("-")
-    return more if dataset == "Folder" and more else dataset
+    dataset = dataset_of(name)
+    return name.removeprefix("Folder-") if dataset == "Folder" else dataset
 
 
 def section(name: str) -> str:
