@@ -48,11 +48,11 @@ def plain(objective, region: Region, steps: int, eta: float) -> None:
     """Un-normalised gradient ascent in the metric's coordinates."""
     backward, weights = region.coordinates.backward, region.coordinates.weights
     point = region.start(torch.zeros_like(region.seeds))
-    for _ in range(steps):
+    for k in range(steps):
         _, gradient = score_and_gradient(objective, region.images(point.delta))
         g = eta * gradient.flatten(1) @ backward.T
         length = (g.square() / weights).sum(1, keepdim=True).sqrt().clamp_min(1e-30)
-        point = region.project(point.along + g / weights, point, length)
+        point = region.project(point.along + g / weights, point, length, region.coordinates.penalty(k))
 
 
 def known_maximum(metric: PCAMetric, seeds: torch.Tensor, radii: torch.Tensor, seed: int):

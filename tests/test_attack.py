@@ -71,16 +71,19 @@ def test_every_point_is_in_ball_and_cube_in_float64_and_no_worse_than_its_seed(D
     assert (found.attack_score - net.attack_score(seeds))[6:].mean() > 0.1
 
 
-def test_projection_makes_points_feasible_and_converges_to_the_nearest_in_the_metric():
+@pytest.mark.parametrize("k", [0, 25, 1000])
+def test_projection_makes_points_feasible_and_converges_to_the_nearest_in_the_metric(k):
+    """With the penalty of step k of a search, be it loose or stiff."""
     D, B = 6, 12
     metric = random_metric(D, 100, seed=1, dtype=torch.float64)
     seeds, radii = seeds_of(B, D, dtype=torch.float64), torch.logspace(-1, 1, B, dtype=torch.float64)
     coordinates = Coordinates(metric)
+    rho = coordinates.penalty(k)
     region, step = Region(coordinates, seeds, radii), torch.full((B, 1), 0.1, dtype=torch.float64)
     trial = torch.randn(B, D, generator=gen(2), dtype=torch.float64)
     point = region.start(torch.zeros_like(trial))
     for _ in range(500):
-        point = region.project(trial @ coordinates.forward, point, step)
+        point = region.project(trial @ coordinates.forward, point, step, rho)
         delta = point.delta
         torch.testing.assert_close(point.along, delta @ coordinates.forward)
         x, d = region.checked(delta)
@@ -91,7 +94,7 @@ def test_projection_makes_points_feasible_and_converges_to_the_nearest_in_the_me
         best = -maximum_of_concave(metric, seeds[b], radii[b], distance_matrix(metric), goal.numpy())
         assert metric.transform(delta - trial)[b].square().sum().item() == pytest.approx(best, rel=1e-4)
     inside = region.start(0.5 * delta)
-    assert torch.allclose(region.project(inside.along, inside, step).delta, inside.delta, atol=1e-12)
+    assert torch.allclose(region.project(inside.along, inside, step, rho).delta, inside.delta, atol=1e-12)
 
 
 @pytest.mark.parametrize("condition", [1, 1e3, 1e6])
@@ -157,7 +160,7 @@ def test_reaches_the_maximum_of_a_concave_function(D, condition):
         assert found.attack_score[b].item() <= best + 1e-5 * abs(best)
 
 
-@pytest.mark.parametrize("metric, least", [("digits", 0.995), ("pixels", 0.999), ("rotation", 0.75)])
+@pytest.mark.parametrize("metric, least", [("digits", 0.999), ("pixels", 0.999), ("rotation", 0.99)])
 def test_reaches_the_maximum_of_a_linear_function_of_many_ill_conditioned_pixels(metric, least):
     """In the metric of Digits, as training augments them, of 100 pixels whose variances differ, and of a rotation.
 

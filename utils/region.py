@@ -25,11 +25,17 @@ class Coordinates:
         a = a.clamp_min(len(a) * torch.finfo(a.dtype).eps * a[-1])      # rounding may leave a tiny a_k negative
         dtype, self.metric = metric.comp_vecs.dtype, metric
         self.weights = a.to(dtype)                                                      # [D]
-        # of Region.project: stiffer, the search ends closer to the corners of ball and cube; looser, it takes longer
-        # steps in the directions in which images vary, whose weights are small
-        self.penalty = a.quantile(0.1).to(dtype)
+        self.loosest = a.quantile(0.01).to(dtype)                                       # penalty, at most 1
         self.forward = (scale[:, None] * W).to(dtype)                                   # [D, D]
         self.backward = (W.T / scale).to(dtype)                                         # [D, D], its inverse
+
+    def penalty(self, k: int) -> Tensor:
+        """rho of Region.project at step k of a search: grows geometrically to 1, the weights' mean, at step 50.
+
+        A loose one lets the search go far in the directions in which images vary, whose weights are small, a stiff
+        one brings it to the corners of ball and cube.
+        """
+        return self.loosest ** max(0, 1 - k / 50)
 
     def ascent_direction(self, gradient: Tensor) -> Tensor:
         """The move of length 1 in the metric that raises a function of this gradient most; 0 for 0.
@@ -79,7 +85,7 @@ class Region:
         factor = (self.search_radius / norm.clamp_min(1e-30)).clamp_max(1)
         return point._replace(delta=point.delta * factor, along=point.along * factor)
 
-    def project(self, trial: Tensor, current: Point, step: Tensor) -> Point:
+    def project(self, trial: Tensor, current: Point, step: Tensor, rho: Tensor) -> Point:
         """A feasible point near `trial` in the metric; trial [N, D] is given in Coordinates.
 
         The projection in the metric onto ball and cube: min |d - trial|_A^2 / 2 with |d|_A <= R and d = v, v in the
@@ -96,7 +102,7 @@ class Region:
         Why not simply clamp and pull back: clamped pixels are far away in the metric, and a pull-back that mends them
         shrinks everything, so that the search ends below the maximum.
         """
-        a, rho, force = self.coordinates.weights, self.coordinates.penalty, step * current.force
+        a, force = self.coordinates.weights, step * current.force
         c, R = (rho * current.along).addcmul_(a, trial).sub_(force), self.search_radius.clamp_min(1e-20)
         mu = torch.zeros_like(R)
         for _ in range(3):

@@ -7,7 +7,7 @@ from utils import files
 from utils.errors import UserError
 
 SAVE_EVERY = 30.0       # seconds between saved states
-FORMAT = "CCU state, version 6"
+FORMAT = "CCU state, version 7"
 
 
 class State:
