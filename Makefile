@@ -2,8 +2,9 @@
 # make tables DATASET=D [EPOCHS=100] [OUT_DATASET=..] [OUT_DIR=..] [DATA_DIR=..] [GPUS="0 1"] [LABELS="Base CCU"]
 #               train whatever is missing, write both tables; -j 4 runs independent jobs side by side;
 #               LABELS="CCU CCU-seed1 CCU-seed2" trains with other seeds too; ARGS="--download 1" is for every script,
-#               TRAIN_ARGS="--amp 1" for run_training.py, EVAL_ARGS="--ood NAME=FOLDER" for gen_eval.py
-# make results  write results/README.md and the README's table from results/
+#               GMM_ARGS="--PCA 0" for gen_gmm.py, TRAIN_ARGS="--amp 1" for run_training.py, EVAL_ARGS="--ood NAME=FOLDER"
+#               for gen_eval.py
+# make results  write results/README.md and the README's tables from results/
 # make figures [DATASET=D]
 #               draw what can be drawn of the models and tables that are there: results/figures/
 # make test     the tests           make check   lint, tests and a short demo, as CI runs them
@@ -100,7 +101,7 @@ $(foreach label,$(sort ODIN Maha $(filter ODIN% Maha%,$(LABELS))),\
 
 # gen_gmm.py knows itself what is there
 mixtures: | $(INSTALLED)
-	$(PY) gen_gmm.py --dataset $(DATASET) --PCA 1 --augm_flag 1 $(DATA) $(OUT) $(call gpu,CCU) --resume 1
+	$(PY) gen_gmm.py --dataset $(DATASET) --PCA 1 --augm_flag 1 $(DATA) $(OUT) $(call gpu,CCU) --resume 1 $(GMM_ARGS)
 
 results: $(INSTALLED)
 	$(PY) gen_results.py

@@ -8,8 +8,8 @@ projected gradient ascent on its score (a search whose start has no gradient beg
 Rows: TE test error, MMC mean maximal confidence, SR share of attacked points that score at least as high as half of
 the test images, AUC of test images against attacked points.  Writes the table to results/ and seeds, radii, samples
 and scores to results/backup/ (README, "Backups").  torchrun --nproc_per_node=N gen_attack_stats.py ... shares the
-batches of all models out over N processes.  On two CPU cores the default takes half an hour a LeNet; --steps 100
---restarts 2 is for trying it out.
+batches of all models out over N processes.  On two CPU cores the default takes 20 minutes to an hour a LeNet;
+--steps 100 --restarts 2 is for trying it out.
 
 --certify 1 adds, for models with a certificate: mean and median radius by both bounds, the mean of the certified upper
 bounds (the tight ones) on the confidence in the attacked balls, the share of balls where it is at most 1.1/M, and
@@ -38,7 +38,7 @@ from utils.errors import UserError
 from utils.out_data import load_out, resolve
 from utils.region import Coordinates
 from utils.registry import check_fit, load_ccu, load_models, name_untrained
-from utils.state import State
+from utils.state import FORMAT, State
 
 BALLS = {True: "CCU", False: "CCUs"}        # --fit_out: whose certificate gives the radii
 
@@ -204,8 +204,8 @@ def merge(paths) -> dict:
 def unit_folder(dataset, label, model, metric, seeds, radii, images, args):
     """Where a model's finished batches are kept: named after all that decides them, emptied unless --resume 1."""
     folder = model_paths.attack_units(dataset, label, files.digest(
-        dataset, label, args.steps, args.restarts, args.alpha, args.batch_size, args.seed, seeds, radii, images, metric,
-        model))
+        FORMAT, dataset, label, args.steps, args.restarts, args.alpha, args.batch_size, args.seed, seeds, radii, images,
+        metric, model))
     files.lock(folder)
     if folder.exists() and not args.resume and parallel.rank() == 0:
         shutil.rmtree(folder)

@@ -1,4 +1,4 @@
-"""Write the results into the pages that show them: results/README.md and, MNIST's in short, README.md.
+"""Write the results into the pages that show them: results/README.md and, some in short, README.md.
 
     python gen_results.py
 

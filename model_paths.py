@@ -1,4 +1,4 @@
-"""Registry: data set -> label -> file.  The only place that knows file names.
+"""Registry: data set -> label -> file.  The only place that knows the names of what the scripts write.
 
 All paths are relative to the current directory: checkpoints/, results/ and logs/ grow where a script runs.
 A model that was trained elsewhere takes part in the tables as checkpoints/<data set>/<label>.pt.

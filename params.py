@@ -1,7 +1,7 @@
-"""Defaults per data set and per method: the only place that knows how they are trained.
+"""Defaults per data set and per method.
 
-Every value says where it is from: [code] the published code, [paper] the method of the paper named
-there, [ours] chosen here.  A value set on the command line replaces the one found here.
+Every value says where it is from: [code] the published code, [Liang et al. 2018] and the like the paper of a method,
+[ours] chosen here.  A value set on the command line replaces the one found here.
 """
 
 from dataclasses import dataclass

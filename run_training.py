@@ -266,7 +266,7 @@ def parser() -> cli.Parser:
                    help=f"learning rate of the mixtures ({params.LR_GMM})")
     p.add_argument("--decay", type=cli.number(0), help=f"weight decay of the classifier ({params.WEIGHT_DECAY}; MCD 0)")
     p.add_argument("--loglam", type=cli.number(-50, 50), default=0.0, help="log p(o)/p(i) (0); OE, "
-                   "EDL and GAN have no use for it")
+                   "EDL, GAN, ODIN and Maha have no use for it")
     p.add_argument("--n", type=cli.integer(1), help=f"centroids of the mixtures to start from ({params.CENTROIDS}, or "
                    "as many as the file of --gmm_path has)")
     p.add_argument("--grad_vars", nargs="*", choices=("mu", "var"), default=["mu", "var"],

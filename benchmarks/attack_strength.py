@@ -2,10 +2,10 @@
 
     python benchmarks/attack_strength.py --dataset Digits
 
-Attacks the trained models of a data set from uniform noise, inside 1, 0.02 and 0.003 times the radius that CCU
+Attacks trained models of a data set (--models) from uniform noise, inside 1, 0.02 and 0.003 times the radius that CCU
 certifies, once from each seed.  `plain` takes un-normalised gradient steps in the metric's coordinates, with the same
 projection, and for each number of gradients the best of its step sizes, chosen afterwards.  The last line of a block
-is how many gradients the attack needs for what plain reaches.  The first block is of linear scores, whose maximum is
+is how many gradients the attack needs for what plain reaches.  The first blocks are of linear scores, whose maximum is
 known: the share of it, in %, on average and at the worst of the seeds.  Some minutes on a CPU.
 """
 

@@ -476,7 +476,7 @@ def main(args):
     record = {key: record[key] for key in ("command", "options", "commit", "time")}
     for section in args.only or SECTIONS:
         more = (args.data_dir,) if section == "gmm_fits" else ()
-        if section != "gmm_fits":       # as all scripts but gen_gmm.py do
+        if section != "gmm_fits":       # as training, evaluation and attack do
             cli.keep_freed_memory()
         SECTIONS[section](report, device, args.quick, *more)
         if keep:        # what a later section breaks off with leaves these

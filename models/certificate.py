@@ -20,7 +20,8 @@ an isotropic quadratic, whose maximum over the ball is exact (ball_max) whether 
 negative.  The bound sums, over k, the smallest of these maxima over several q, none of which depends on R
 (so that the bound grows with R), or is the paper's if that is smaller:
   - q = one component l: the pairs (k, l), and sum_k min_l is never above min_l sum_k;
-  - q = p(l|x0, o): equality in (2) at x0, so that the bound at R = 0 is the confidence of a sure classifier;
+  - q = the shares of L's terms for several R; for R = 0 they are p(l|x0, o), with equality in (2) at x0, so that the
+    bound there is the confidence of a sure classifier;
   - q = p(l|x*, o) at maximisers x* of (3) over balls of several sizes (mixed_weights).  For sigma < theta, (3)
     is concave in x and convex in q, so that the best q gives the exact maximum for each k; what remains then is
     that different k have their maxima at different x.

@@ -8,8 +8,8 @@ class PCAMetric(nn.Module):
     """d(x, y) = ||z_x - z_y||_2 with z = (x V^T) / sqrt(s).
 
     comp_vecs: V [D, D], orthonormal rows.  singular_values: s [D], positive.
-    The three metrics differ in s alone: singular values of the centred data (the published code, the
-    default), s^2/(n-1) for a Mahalanobis metric, ones with V = 1 for the Euclidean metric.
+    s are the singular values of the centred data (the published code, the default), s^2/(n-1) for a Mahalanobis
+    metric; for the Euclidean metric V = 1 and s = 1.
     """
 
     def __init__(self, comp_vecs: Tensor, singular_values: Tensor):

@@ -64,8 +64,10 @@ def test_a_label_that_nothing_makes_is_refused_unless_its_model_is_there(planned
 
 def test_variables_that_are_no_single_word(planned, folder):
     """A folder's name may have spaces; one data set and at least one label are needed."""
-    command = ["make", "-n", "mixtures", "OUT_DATASET=Folder", "OUT_DIR=my photos", "DATA_DIR=my data"]
+    command = ["make", "-n", "mixtures", "OUT_DATASET=Folder", "OUT_DIR=my photos", "DATA_DIR=my data",
+               "GMM_ARGS=--PCA 0 --n 9"]
     words = shlex.split(subprocess.run(command, cwd=folder, text=True, capture_output=True).stdout)
+    assert words[-4:] == ["--PCA", "0", "--n", "9"]
     assert words[words.index("--out_dir") + 1] == "my photos" and words[words.index("--data_dir") + 1] == "my data"
     for option in ("DATASET=MNIST FMNIST", "LABELS="):
         steps, error = planned(option)

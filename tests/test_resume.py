@@ -53,6 +53,8 @@ def test_a_killed_attack_keeps_batches_of_the_same_options_and_weights_alone(wor
     files.save({"format": ATTACK, "seeds": torch.rand(6, 1, 28, 28)}, "seeds.pt")
     assert len(attacked()) == 4
     assert len(attacked("--resume 0")) == 4
+    monkeypatch.setattr(gen_attack_stats, "FORMAT", "of another version")
+    assert len(attacked()) == 4
 
 
 @pytest.mark.parametrize("part", ["comp_vecs", "singular_values"])
