@@ -86,7 +86,7 @@ class Region:
         return point._replace(delta=point.delta * factor, along=point.along * factor)
 
     def project(self, trial: Tensor, current: Point, step: Tensor, rho: Tensor) -> Point:
-        """A feasible point near `trial` in the metric; trial [N, D] is given in Coordinates.
+        """A feasible point near `trial` in the metric; trial [N, D] is given in Coordinates, rho by their `penalty`.
 
         The projection in the metric onto ball and cube: min |d - trial|_A^2 / 2 with |d|_A <= R and d = v, v in the
         cube.  A round of the alternating direction method of multipliers with the penalty rho |d - v|_P^2 / 2 is, in
