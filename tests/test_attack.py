@@ -42,6 +42,11 @@ def random_metric(D, condition, seed, dtype=torch.float32):
     return PCAMetric(V.to(dtype), s.to(dtype))
 
 
+def digits_metric():
+    """Of Digits, as training augments them."""
+    return PCAMetric.fit(one_pass(load_in_dist("Digits", "train", "data"), Augmentation(2, "constant", False), 0))
+
+
 def small_net(D, seed=0):
     """A ReLU network's largest log-confidence: piecewise smooth, many local maxima."""
     W1, W2 = torch.randn(D, 32, generator=gen(seed)), torch.randn(32, 5, generator=gen(seed + 1)) / 4
@@ -172,7 +177,7 @@ def test_reaches_the_maximum_of_a_linear_function_of_many_ill_conditioned_pixels
     D, B = 100, 8
     if metric == "digits":
         D = 784
-        metric = PCAMetric.fit(one_pass(load_in_dist("Digits", "train", "data"), Augmentation(2, "constant", False), 0))
+        metric = digits_metric()
     elif metric == "rotation":
         metric = random_metric(D, 1e6, seed=1)
     else:
@@ -194,6 +199,22 @@ def test_reaches_the_maximum_of_a_linear_function_of_many_ill_conditioned_pixels
         rise = ((found.samples.flatten(1) - seed) * gradient).sum(1) / best
         assert (found.distance <= radii).all() and rise.max() < 1 + 1e-6
         assert rise.mean() > least, (radius, rise)
+
+
+def test_gets_far_in_few_gradients():
+    """In a ball that reaches the cube's best corner, for linear scores that look like images.
+
+    A projection that is stiff from the first step on, the penalty always 1, makes 84 % of the way.
+    """
+    metric, D = digits_metric(), 784
+    seeds = seeds_of(8, D, 4)
+    seed = seeds.flatten(1)
+    gradient = torch.randn(8, D, generator=gen(5)) * metric.singular_values.sqrt() @ metric.comp_vecs
+    corner = (gradient > 0).float()
+    best, radii = ((corner - seed) * gradient).sum(1), 1.0001 * distances(metric, corner, seed)
+    linear = Function(lambda points: ((points - seed) * gradient).sum(1) / best)
+    found = attack(linear, metric, seeds, radii, steps=25, restarts=1, generator=gen(6))
+    assert 0.98 < found.attack_score.mean() < 1
 
 
 def test_reaches_the_maximum_over_a_grid():
