@@ -90,6 +90,11 @@ def interleaved(functions: dict, repeats: int, device: torch.device) -> dict[str
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def several(times: int, function, *args) -> None:
+    for _ in range(times):
+        function(*args)
+
+
 def repeats(arch: str, device: torch.device, quick: bool) -> int:
     return 2 if quick else 3 if arch == "ResNet18" and device.type == "cpu" else 7
 
@@ -292,12 +297,10 @@ def attacks(report: Report, device: torch.device, quick: bool) -> None:
         region = Region(coordinates, x, torch.full((n,), 5.0, dtype=torch.float64, device=device))
         count = 2 if quick else 10
         for label, model in {"Base": Softmax(ccu.base_model).eval(), "CCU": ccu}.items():
-            def passes(score=model.attack_score):
-                for _ in range(count):          # as long as the steps, so that both meet the same interruptions
-                    score_and_gradient(score, x)
+            passes = partial(several, count, score_and_gradient, model.attack_score, x)     # as long as the steps
             took = interleaved({"one": partial(climb, model.attack_score, region, 1),
-                                "more": partial(climb, model.attack_score, region, 1 + count),
-                                "passes": passes}, repeats(arch, device, quick), device)
+                                "more": partial(climb, model.attack_score, region, 1 + count), "passes": passes},
+                               repeats(arch, device, quick), device)
             step, bare = (took["more"] - took["one"]) / count, took["passes"] / count
             report.add(f"attack_step / passes, {arch}, {label}", 1e3 * step, "ms", 1e3 * bare, step / bare, most=1.15,
                        batch=n)
