@@ -83,12 +83,11 @@ def test_projection_makes_points_feasible_and_converges_to_the_nearest_in_the_me
     metric = random_metric(D, 100, seed=1, dtype=torch.float64)
     seeds, radii = seeds_of(B, D, dtype=torch.float64), torch.logspace(-1, 1, B, dtype=torch.float64)
     coordinates = Coordinates(metric)
-    rho = coordinates.penalty(k)
     region, step = Region(coordinates, seeds, radii), torch.full((B, 1), 0.1, dtype=torch.float64)
     trial = torch.randn(B, D, generator=gen(2), dtype=torch.float64)
     point = region.start(torch.zeros_like(trial))
     for _ in range(500):
-        point = region.project(trial @ coordinates.forward, point, step, rho)
+        point = region.project(trial @ coordinates.forward, point, step, k)
         delta = point.delta
         torch.testing.assert_close(point.along, delta @ coordinates.forward)
         x, d = region.checked(delta)
@@ -99,7 +98,7 @@ def test_projection_makes_points_feasible_and_converges_to_the_nearest_in_the_me
         best = -maximum_of_concave(metric, seeds[b], radii[b], distance_matrix(metric), goal.numpy())
         assert metric.transform(delta - trial)[b].square().sum().item() == pytest.approx(best, rel=1e-4)
     inside = region.start(0.5 * delta)
-    assert torch.allclose(region.project(inside.along, inside, step, rho).delta, inside.delta, atol=1e-12)
+    assert torch.allclose(region.project(inside.along, inside, step, k).delta, inside.delta, atol=1e-12)
 
 
 @pytest.mark.parametrize("condition", [1, 1e3, 1e6])

@@ -70,7 +70,7 @@ def ascend(objective: Callable[[Tensor], Tensor], region: Region, point: Point, 
     for k in range(taken, steps):
         trial = torch.lerp(previous, point.along, 1 + MOMENTUM)
         trial.addcmul_(step, region.coordinates.ascent_direction(gradient))
-        previous, point = point.along, region.project(trial, point, step, region.coordinates.penalty(k))
+        previous, point = point.along, region.project(trial, point, step, k)
         score, gradient = evaluate(point)
 
         better = score > best_score
