@@ -50,9 +50,11 @@ def main(args):
         raise UserError("give one of --seeds, --out_seeds and --load_seeds")
     if args.load_seeds and len(args.datasets) > 1:
         raise UserError("--load_seeds holds the seeds of one data set: give one to --datasets")
+    if not args.out_seeds and (args.out_dataset != "auto" or args.out_dir):
+        print("warning: --out_dataset and --out_dir have no use without --out_seeds 1", file=sys.stderr)
     stem = Path(args.output or model_paths.table(1, f"{'_'.join(args.datasets)}_{model_paths.stamp()}"))
     backups = {dataset: model_paths.backup(stem, dataset) for dataset in args.datasets}
-    files.check_writable(stem, f"{stem}.csv", *backups.values(), model_paths.BACKUP / ".attack")
+    files.check_writable(stem, *tables.files_of(stem), *backups.values(), model_paths.BACKUP / ".attack")
     jobs = {dataset: prepare(dataset, args, device) for dataset in args.datasets}      # all checks before any work
     files.lock(stem)
     rows, notes, written, finished = {}, [f"command: {records.of(args)['command']}"], [], []
@@ -255,7 +257,7 @@ def layout(rows: dict, args) -> pd.DataFrame:
 
 def parser() -> cli.Parser:
     p = cli.Parser(__doc__).datasets().out_dataset().common()
-    p.add_argument("--models", nargs="+", metavar="LABEL", help="labels (all that are trained)")
+    p.add_argument("--models", nargs="+", action="extend", metavar="LABEL", help="labels (all that are trained)")
     p.add_argument("--fit_out", type=cli.flag, default=False, help="radii from CCU (1) or from CCUs (0)")
     p.add_argument("--certificate", choices=METHODS, default="paper", help="which bound gives the radii; "
                    "paper is the one that the published code computes (paper)")

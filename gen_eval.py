@@ -32,7 +32,8 @@ def main(args):
         raise UserError(f"--ood: {twice[0]} is a row already; choose another name")
     stem = Path(args.output or model_paths.table(2, f"{args.dataset}_{model_paths.stamp()}"))
     backup = model_paths.backup(stem)
-    files.check_writable(stem, f"{stem}.csv", f"{stem}_fpr95.csv", backup)
+    fpr_stem, runs_file = f"{stem}_fpr95", model_paths.table_runs(stem)
+    files.check_writable(stem, *tables.files_of(stem), *tables.files_of(fpr_stem), runs_file, backup)
     models = load_models(args.dataset, args.models, device)
     test = load_in_dist(args.dataset, "test", args.data_dir, args.download, args.image_size)
     check_fit(models, test)
@@ -60,8 +61,8 @@ def main(args):
              *tables.model_notes(models), "average precision and FPR at 95 % TPR: OOD is the positive class"]
     title = f"Table 2, {args.dataset}: {metric[0]}{'' if args.drop_mmc else ' and mean maximal confidence'} (%)"
     title_fpr = f"Table 2, {args.dataset}: FPR at 95 % TPR (%)"
-    written = tables.write(table, stem, title, notes) + tables.write(fpr, f"{stem}_fpr95", title_fpr, notes)
-    written.append(files.write_json(model_paths.table_runs(stem), runs(args.dataset, models, test_errors)))
+    written = tables.write(table, stem, title, notes) + tables.write(fpr, fpr_stem, title_fpr, notes)
+    written.append(files.write_json(runs_file, runs(args.dataset, models, test_errors)))
     written.append(files.save({
         "format": SCORES, "record": record, "dataset": args.dataset,
         "test_error": test_errors, "meta": meta_of(models),
@@ -139,13 +140,13 @@ def make_table(models, sets, scores, metric, with_mmc: bool) -> pd.DataFrame:
 
 def parser() -> cli.Parser:
     p = cli.Parser(__doc__).dataset().common()
-    p.add_argument("--models", nargs="+", metavar="LABEL", help="labels (all that are trained)")
+    p.add_argument("--models", nargs="+", action="extend", metavar="LABEL", help="labels (all that are trained)")
     p.add_argument("--batch_size", type=cli.integer(1), default=params.EVAL_BATCH_SIZE,
                    help=f"images at a time ({params.EVAL_BATCH_SIZE})")
     p.add_argument("--drop_mmc", type=cli.flag, default=False, help="1 = leave out MMC, the mean "
                    "maximal confidence (0)")
     p.add_argument("--aupr", type=cli.flag, default=False, help="1 = average precision instead of AUC (0)")
-    p.add_argument("--ood", nargs="+", type=cli.assignment, default=[], metavar="NAME=FOLDER",
+    p.add_argument("--ood", nargs="+", action="extend", type=cli.assignment, default=[], metavar="NAME=FOLDER",
                    help="more OOD sets: folders of images")
     p.add_argument("--output", type=cli.stem, metavar="PATH",
                    help="write PATH.csv and PATH.txt (results/table2_<dataset>_<time>)")

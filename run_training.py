@@ -41,7 +41,8 @@ def main(args):
         print("warning: this machine only imitates bf16 arithmetic: training with --amp 1 is slower than without",
               file=sys.stderr)
     if unused := unused_options(args):
-        print(f"warning: --train_type {args.train_type} has no use for {', '.join(unused)}", file=sys.stderr)
+        without = " without --fit_out 1" * (args.train_type == "ACET" and not args.fit_out)
+        print(f"warning: --train_type {args.train_type}{without} has no use for {', '.join(unused)}", file=sys.stderr)
     label = args.label or model_paths.label(args.train_type, args.fit_out)
     path = model_paths.model(args.dataset, label)
     calibrated = args.train_type in params.CALIBRATED
@@ -196,7 +197,8 @@ def check(args) -> None:
 def unused_options(args) -> list[str]:
     """The options that were given and that this method has no use for."""
     calibrated = args.train_type in params.CALIBRATED
-    names = ["steps"] * (args.train_type != "ACET")
+    names = ["out_dataset", "out_dir"] * (not objectives.takes_out_images(args.train_type, args.fit_out))
+    names += ["steps"] * (args.train_type != "ACET")
     names += ["PCA", "metric", "n", "lr_gmm", "grad_vars"] * (args.train_type != "CEDA_GMM")
     names += ["epochs", "amp", "lr", "decay", "arch"] * calibrated
     names += ["loglam"] * (calibrated or args.train_type in ("OE", "EDL", "GAN"))
@@ -215,8 +217,9 @@ def load_mixtures(args, out_name):
         + f" --image_size {args.image_size}" * (args.dataset == "Folder")))
     n = gmm_in.components if args.gmm_path and args.n is None else n
     wanted_meta = {"dataset": args.dataset, "metric": name, "n": n, "out_dataset": out_name}
-    if out_name == "Folder" and "out_dir" in meta:
-        wanted_meta["out_dir"] = args.out_dir
+    for key, decisive in (("data_dir", args.dataset == "Folder"), ("out_dir", out_name == "Folder")):
+        if decisive and key in meta:
+            wanted_meta[key] = getattr(args, key)
     for key, wanted in wanted_meta.items():
         if meta.get(key) != wanted:
             raise UserError(f"{path} was fitted with {key} {meta.get(key)}, not {wanted}: run gen_gmm.py with the same "

@@ -302,7 +302,7 @@ def certified_radius(ccu: CCU, x: Tensor, ratio: float = 1.1, method: str = "tig
     """The largest radius [B] (float64) within which the confidence is certified to stay <= ratio/M.
 
     confidence_bound(ccu, x, R, method) <= ratio/M holds for the R returned, which is rounded down; 0 where x
-    itself exceeds it.  Where every radius holds, R covers the unit cube and all centres.
+    itself exceeds it.  No R is larger than what covers the unit cube and all centres.
     """
     require_ccu(ccu)
     if not 1 < ratio < ccu.classes:

@@ -16,7 +16,8 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     centre = b.detach().mean(0)
     a, b = a - centre, b - centre
     a2, b2 = a.square().sum(1, keepdim=True), b.square().sum(1)
-    return torch.addmm(a2 + b2, a, b.T, alpha=-2).clamp_min(0)
+    with torch.autocast(a.device.type, enabled=False):
+        return torch.addmm(a2 + b2, a, b.T, alpha=-2).clamp_min(0)
 
 
 class GMM(nn.Module):

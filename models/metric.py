@@ -68,7 +68,8 @@ class PCAMetric(nn.Module):
 
     def transform(self, x: Tensor) -> Tensor:
         """Images or vectors x [B, ...] -> coordinates z [B, D]."""
-        return x.flatten(1) @ self.comp_vecs.T / self.singular_values.sqrt()
+        with torch.autocast(x.device.type, enabled=False):      # a density in bf16 would mean nothing
+            return x.flatten(1) @ self.comp_vecs.T / self.singular_values.sqrt()
 
     def inverse(self, z: Tensor) -> Tensor:
         """Coordinates z [B, D] -> vectors x [B, D]."""

@@ -1,5 +1,6 @@
 """What the user can mend, and what would do harm: refused with one line, before the work, with nothing written."""
 
+import errno
 import gzip
 import io
 import os
@@ -176,6 +177,8 @@ TABLE = [
     (f"{TRAIN} plain --out_dataset Fotos", ["Fotos", "did you mean Photos"]),
     (f"{TRAIN} plain --metric maha", ["maha", "mahalanobis"]),
     (f"{TRAIN} plain Digits", ["Digits belongs to no option"]),
+    (f"{TRAIN} CEDA --data_dir {'d' * 300}", ["ddd", "too long"]),
+    (f"{LOAD} {'f' * 300}", ["fff", "too long"]),
     (TRAIN.removesuffix(" --train_type"), ["--train_type", "required"]),
     (f"{TRAIN} CEDA --out_dataset Folder", ["--out_dir"]),
     (f"{TRAIN} CEDA --out_dataset Folder --out_dir nowhere", ["nowhere"]),
@@ -213,6 +216,7 @@ TABLE = [
     (f"{EVAL} --ood x=", ["x=", "NAME=FOLDER"]),
     (f"{EVAL} --ood Noise=checkpoints", ["Noise is a row already"]),
     (f"{EVAL} --ood a=checkpoints a=checkpoints", ["a is a row already"]),
+    (f"{EVAL} --ood a=checkpoints --ood a=results", ["a is a row already"]),
     (f"{EVAL} --ood a=nowhere", ["nowhere", "no images"]),
     (f"{EVAL} --ood a=checkpoints", ["checkpoints", "no images"]),
     (f"{EVAL} --output checkpoints", ["checkpoints", "folder"]),
@@ -256,7 +260,9 @@ TABLE = [
     ("gen_gmm.py --dataset MNIST", ["can't write", "checkpoints/MNIST"], text("checkpoints/MNIST")),
     (f"{EVAL} --output blocked/t", ["can't write", "blocked"], text("blocked")),
     (f"{EVAL} --output t", ["can't write", "backup"], text("backup")),
-    (f"{EVAL} --output t", ["can't write", "t.csv"], folder("t.csv")),
+    *((f"{EVAL} --output t", ["can't write", made], folder(made))
+      for made in ("t.csv", "t.txt", "t_fpr95.csv", "t_fpr95.txt", "t_runs.json", "backup/t.pt")),
+    *((f"{ATTACK} --output t", ["can't write", made], folder(made)) for made in ("t.csv", "t.txt")),
     (f"{ATTACK} --output t", ["can't write", "results"], text("results")),
     (f"{LOAD} {BASE}", ["can't write", "checkpoints/MNIST"], text("checkpoints/MNIST")),
 
@@ -283,6 +289,8 @@ TABLE = [
     (f"{EVAL} --models Base", ["Base.pt", "size"], changed(BASE, "spec", "base_model", size=10 ** 12)),
     (f"{EVAL} --models Base", ["Base.pt", "members"], changed(BASE, "spec", kind="DE", members=10 ** 12)),
     (f"{EVAL} --models Base", ["Base.pt", "kind"], changed(BASE, "spec", kind=None)),
+    *((f"{EVAL} --models Base", ["Base.pt", key], changed(BASE, "meta", **{key: value})) for key, value in (
+        ("epochs", "20"), ("class_names", 5), ("class_names", [1, 2]), ("out_dataset", [1]), ("mixtures", 5))),
     (f"{EVAL} --models CCU", ["CCU.pt", "7 and 10 classes"], changed(CCU_PT, "spec", classes=7)),
     (f"{EVAL} --models CCU", ["singular_values", "positive"],
      changed(CCU_PT, "state", gmm_in__metric__singular_values=torch.zeros_like)),
@@ -449,6 +457,31 @@ def test_a_refusal_from_a_shell(tmp_path):
                           capture_output=True)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("gen_eval.py: no MNIST model is trained") and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command, path", [
+    (f"{TRAIN} CEDA --data_dir closed", "closed/80M_Tiny_Images/tiny_images.bin"),
+    (f"{EVAL} --ood a=photos", "photos/closed"),
+    (f"{TRAIN} CEDA --out_dataset Folder --out_dir photos", "photos/closed"),
+])
+def test_what_may_not_be_read_is_named(command, path, work, capsys, monkeypatch):
+    """root may read everything, so that the system's answer is feigned."""
+    def closed(function):
+        def ask(asked, *args, **options):
+            if str(asked) == path:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+            return function(asked, *args, **options)
+        return ask
+    (work / "photos/closed").mkdir(parents=True)
+    Image.new("L", (28, 28)).save("photos/1.png")
+    monkeypatch.setattr(Path, "is_file", closed(Path.is_file))
+    monkeypatch.setattr(os, "scandir", closed(os.scandir))
+    refused(command, [path, "Permission denied"], capsys)
+
+
+def test_a_path_that_is_no_utf8_is_no_reason_to_lose_a_table(tmp_path):
+    path = files.write_text(tmp_path / "t.txt", "--data_dir d\udce9 –")
+    assert path.read_text(encoding="utf-8") == "--data_dir d\\udce9 –"
 
 
 def test_a_line_break_in_a_name_stays_one_line(work, capsys, monkeypatch):

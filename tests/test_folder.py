@@ -135,6 +135,24 @@ def test_mixtures_of_another_image_size_are_fitted_again(tmp_path, monkeypatch):
         assert load_mixtures("checkpoints/Folder/gmm/euclidean_n2_Photos.pt", "")[0].metric.dim == seen
 
 
+def test_mixtures_of_another_folder_are_not_taken_for_ones_own(tmp_path, monkeypatch, capsys):
+    """Both have as many images of the same shape and the same classes."""
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("images", "others")):
+        write_images(tmp_path / name / "train", 8, COLOURS, seed)
+        write_images(tmp_path / name / "test", 2, COLOURS, seed)
+    monkeypatch.setattr(gen_gmm, "load_out", lambda *args, **options: load_out(*args, **options | {"n": 60}))
+    fit = "gen_gmm.py --dataset Folder --data_dir {} --image_size 8 --PCA 0 --n 2 --resume 1"
+    train = f"run_training.py {DATA} --train_type CEDA_GMM --fit_out 1 --PCA 0 --n 2 --epochs 1 --arch LeNet"
+    means = []
+    for name, there in (("images", False), ("images", True), ("others", False)):
+        run_script(fit.format(name))
+        assert ("is there" in capsys.readouterr().out) == there
+        means.append(load_mixtures("checkpoints/Folder/gmm/euclidean_n2_Photos.pt", "")[0].mu)
+    assert torch.equal(means[0], means[1]) and not torch.equal(means[1], means[2])
+    assert "fitted with data_dir others, not images" in refusal(train, capsys)
+
+
 def test_few_images_for_the_metric_are_pointed_out(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_images(tmp_path / "images" / "train", 8, COLOURS, 0)

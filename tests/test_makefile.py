@@ -75,6 +75,15 @@ def test_variables_that_are_no_single_word(planned, folder):
         assert steps == [] and f"*** {option.partition('=')[0]}: give" in error
 
 
+def test_out_images_go_to_those_who_take_them(folder, planned):
+    labels = "Base CEDA-seed1 OE ACET ACET2 CCU CCUs MCD EDL DE GAN ODIN Maha"
+    run = subprocess.run(["make", "-n", "tables", "OUT_DATASET=CIFAR10", f"LABELS={labels}"], cwd=folder, text=True,
+                         capture_output=True)
+    given = {line.split('options("')[1].split('"')[0] for line in run.stdout.splitlines()
+             if "run_training.py" in line and "--out_dataset CIFAR10" in line}
+    assert given == {"CEDA-seed1", "OE", "ACET", "CCU", "CCUs", "ODIN", "Maha"}
+
+
 def test_tables_of_other_models_are_made_anew(planned, folder):
     """Those that come with the repository lie in results/, newer than the user's models perhaps."""
     tables = [folder / f"results/table{i}_Digits.csv" for i in (1, 2)]

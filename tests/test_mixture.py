@@ -44,6 +44,17 @@ def test_log_prob_agrees_with_scipy(dtype, tolerance):
     np.testing.assert_allclose(gmm.log_prob(x).detach().double().numpy(), expected, rtol=tolerance)
 
 
+def test_densities_stay_out_of_autocast():
+    """In bf16 they would be off by several units; the classifier's precision is the model's own matter (`amp`)."""
+    gmm_in, gmm_out = (random_gmm(784, 20, seed=0, dtype=torch.float32) for _ in range(2))
+    ccu, x = CCU(LeNet(1, 28, 10), gmm_in, gmm_out, 0.0, 10).eval(), torch.rand(8, 1, 28, 28)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        inside, alone = ccu.log_densities(x), gmm_in.component_log_prob(x)
+    with torch.no_grad():
+        assert torch.equal(torch.stack(inside), torch.stack(ccu.log_densities(x)))
+        assert torch.equal(alone, gmm_in.component_log_prob(x))
+
+
 def test_density_integrates_to_one_in_2d():
     gmm = random_gmm(2, 3)
     axis = torch.linspace(-6, 7, 1301, dtype=torch.float64)

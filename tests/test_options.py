@@ -130,6 +130,8 @@ def test_lr_gmm_and_grad_vars_reach_the_mixtures(options, lr, names, trained):
     ("plain --PCA 0 --grad_vars mu --metric mahalanobis", "--n, --PCA, --metric, --grad_vars"),
     ("EDL --loglam 1", "--n, --loglam"),
     ("ACET --steps 7 --loglam 1 --lr 0.1 --decay 0", "--n"),
+    ("ACET --out_dataset Folder --out_dir photos", "--n, --out_dataset, --out_dir"),      # ACET2
+    ("ACET --fit_out 1 --out_dataset Photos", "--n"),
     ("CEDA_GMM --fit_out 1 --lr_gmm 0.1 --grad_vars mu --loglam 1", ""),
     ("plain --loglam 1 --lr 0.1 --decay 0 --epochs 7", "--n"),
 ])

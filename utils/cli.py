@@ -255,6 +255,7 @@ def to_mend(error: Exception) -> str | None:
     if "Expected more than 1 value per channel" in str(error):
         return "these images are so small that a batch norm needs more than one: choose a larger --batch_size"
     # files.write reports a full disk itself; TensorBoard's logs are left
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM,
+                                                      errno.ENAMETOOLONG):
+        return f"{error.filename or 'error'}: {error.strerror}"
     return None

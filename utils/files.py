@@ -29,6 +29,10 @@ except ImportError:     # Windows: no locks
     fcntl = None
 
 MODEL, MIXTURES = "CCU model, version 1", "CCU mixtures, version 1"
+# of a checkpoint's meta, where it is there: what the tables read
+META = {"dataset": str, "label": str, "train_type": str, "out_dataset": str, "out_dir": str, "source": str,
+        "epochs": int, "seed": int, "steps": int, "members": int, "test_error": float, "mixtures": dict,
+        "class_names": list}
 LARGEST = 4 * 2 ** 30   # bytes; the metric of a Folder at 64x64x3 alone has 0.6 GB
 LARGEST_SIZE = 1024     # pixels, height and width of a model's images
 ABANDONED = 10.0        # seconds after which a temporary file that nobody has locked is a killed run's
@@ -136,7 +140,8 @@ def check_writable(*paths: str | Path) -> None:
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    return write(path, lambda file: file.write(text.encode()))
+    # a command's path may be no UTF-8
+    return write(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 def write_json(path: str | Path, value) -> Path:
@@ -191,11 +196,14 @@ def _check_tensors(value) -> None:
 
 
 def save_model(model: models.Detector, path: str | Path, meta: dict | None = None) -> Path:
-    """A checkpoint of `model` that `load_model` rebuilds; `meta` (plain values) says how it was made."""
+    """A checkpoint of `model` that `load_model` rebuilds; `meta` (plain values) says how it was made.
+
+    ValueError where one of META is of another type.
+    """
     if model.spec["base_model"] is None:
         raise UserError(f"can't write {path}: the classifier has no spec to rebuild it from; use one of "
                         "models/classifiers.py")
-    meta = model.meta if meta is None else meta
+    meta = check_meta(model.meta if meta is None else meta)
     # what two mixtures share, their metric, is written once, also from a GPU
     values = model.state_dict(keep_vars=True)
     copies = {id(value): value.detach().cpu().contiguous() for value in values.values()}
@@ -217,7 +225,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> models.D
         with torch.device("meta"):      # shapes without memory: a hostile spec cannot claim any
             model = models.build(spec)
         load_state(model, checkpoint["state"], assign=True)
-        model.meta = dict(checkpoint["meta"])
+        model.meta = check_meta(checkpoint["meta"])
         with torch.no_grad():           # do its parts fit each other?
             x = torch.zeros(1, classifier["channels"], classifier["size"], classifier["size"])
             confidence, score = model.eval()(x).exp(), model.score(x)
@@ -227,6 +235,16 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> models.D
     except Exception as error:
         raise UserError(f"{path} does not hold a model of ours: {_first_line(error)[:200]}") from error
     return model.to(device)
+
+
+def check_meta(meta: dict) -> dict:
+    """A checkpoint's `meta`; ValueError where one of META is of another type."""
+    for key, kind in META.items():
+        if (value := meta.get(key)) is not None and not isinstance(value, kind):
+            raise ValueError(f"meta: {key} must be of type {kind.__name__}, got {value!r:.40}")
+    if not all(isinstance(name, str) for name in meta.get("class_names") or ()):
+        raise ValueError("meta: class_names must be names")
+    return dict(meta)
 
 
 def digest(*parts) -> str:

@@ -24,8 +24,12 @@ GREY_MODES = ("1", "L", "LA", "I;16", "I", "F")
 
 def list_images(path: str | Path) -> list[Path]:
     """All image files below a folder, sorted; MissingData if there are none."""
+    def refuse(error: OSError):     # what may not be read is not left out in silence
+        if isinstance(error, PermissionError):
+            raise error
+
     files, seen = [], set()
-    for folder, folders, names in os.walk(path, followlinks=True):
+    for folder, folders, names in os.walk(path, onerror=refuse, followlinks=True):
         if (real := os.path.realpath(folder)) in seen:      # a link back to a folder above it
             folders.clear()
             continue

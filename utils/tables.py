@@ -28,12 +28,17 @@ def show(table: pd.DataFrame, title: str) -> None:
     print(f"\n{title}\n{table.map(percent).to_string()}")
 
 
+def files_of(stem: str | Path) -> list[str]:
+    """What `write` writes."""
+    return [f"{stem}.csv", f"{stem}.txt"]
+
+
 def write(table: pd.DataFrame, stem: str | Path, title: str, notes: list[str]) -> list[Path]:
     """stem.csv: the bare table.  stem.txt: LaTeX, title and notes as comments."""
     comments = "".join(f"% {line}\n" for line in [title, *notes])
     latex = table.map(percent).to_latex(escape=True).replace("–", "--")
-    return [files.write_text(f"{stem}.csv", table.round(4).to_csv()),
-            files.write_text(f"{stem}.txt", comments + latex)]
+    texts = (table.round(4).to_csv(), comments + latex)
+    return [files.write_text(path, text) for path, text in zip(files_of(stem), texts, strict=True)]
 
 
 def notes(stem: str | Path) -> list[str]:
