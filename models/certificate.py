@@ -286,7 +286,8 @@ def confidence_bound(ccu: CCU, x: Tensor, radius: float | Tensor, method: str = 
 
     x [B, ...] in pixel space; radius in units of the metric, one number or [B]; method "tight" or "paper".
     It bounds the exact model: where both densities are about equal, one computed in float32 may exceed it by its own
-    rounding, some 1e-4 (1e-3 where a metric's singular values are floored or whitened); ccu.double() does not.
+    rounding, some 1e-4, 1e-2 where many of the metric's singular values are floored, anything where such are whitened;
+    ccu.double() does not.
     """
     require_ccu(ccu)
     radius = torch.as_tensor(radius, dtype=torch.float64, device=ccu.loglam.device)
