@@ -47,7 +47,7 @@ from utils.objectives import CEDA, CEDA_GMM, Plain
 from utils.region import Coordinates, Region
 from utils.state import State
 from utils.tables import benchmark_cells
-from utils.training import Settings, make_optimizer, train
+from utils.training import Settings, make_optimizer, take_step, train
 
 NETWORKS = {"LeNet": (1, 28, "adam"), "ResNet18": (3, 32, "sgd")}
 K, M, B = 100, 10, 128
@@ -130,33 +130,20 @@ def settings(arch: str, epochs: int = 1) -> Settings:
                     B, 0)
 
 
-def stepper(model, objective, arch: str, device: torch.device):
-    """One training step as utils/training.py makes it, on images that are there already."""
-    optimizer, (x, y, z) = make_optimizer(model, settings(arch)), make_batch(arch, device)
-    model.train()
-    objective.constrain(model)
-
-    def step():
-        loss, _ = objective(model, x, y, z, None)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        objective.constrain(model)
-    return step
-
-
 KINDS = {"ceda": CEDA, "ccu": CEDA_GMM, "naive_ccu": NaiveCCU}
 
 
 def make_step(kind: str, arch: str, amp: bool, device: torch.device, compiled: str | None = None):
-    """compiled: a mode of torch.compile, in which the whole loss is computed."""
+    """A training step on images that are there already; compiled: a mode of torch.compile for the whole loss."""
     model, objective = make_ccu(arch, device), KINDS[kind]()
     if kind == "ceda":
         model = Softmax(model.base_model)
     model.amp = amp
     if compiled:
         objective.loss = torch.compile(objective.loss, mode=compiled)
-    return stepper(model, objective, arch, device)
+    model.train()
+    objective.constrain(model)
+    return partial(take_step, model, objective, make_optimizer(model, settings(arch)), *make_batch(arch, device), None)
 
 
 # --- the figures -----------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import params
@@ -65,6 +66,18 @@ def set_lrs(optimizer: torch.optim.Optimizer, factor: float) -> None:
         group["lr"] = group["initial_lr"] * factor
 
 
+def take_step(model: Detector, objective: Objective, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor,
+              z: Tensor | None, generator: torch.Generator | None) -> dict[str, Tensor]:
+    """One step on a batch x, y of the in-distribution and out-images z; the objective's scalars."""
+    loss, scalars = objective(model, x, y, z, generator)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    parallel.sum_gradients(model.parameters())
+    optimizer.step()
+    objective.constrain(model)
+    return scalars
+
+
 def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet | None,
           augmentation: Augmentation | None, settings: Settings, state: State, log_dir: Path, name: str,
           verbose: bool = False) -> list[dict]:
@@ -113,12 +126,7 @@ def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet |
                 continue
             if (size := parallel.world_size()) > 1:     # dropout differs from process to process; known when resumed
                 torch.manual_seed(((settings.seed * settings.epochs + epoch) * steps + step) * size + parallel.rank())
-            loss, scalars = objective(model, x, y, z, generators["noise"])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            parallel.sum_gradients(model.parameters())
-            optimizer.step()
-            objective.constrain(model)
+            scalars = take_step(model, objective, optimizer, x, y, z, generators["noise"])
             values = parallel.sum_tensor(objective.weight * torch.stack(list(scalars.values())).detach())   # [S]
             totals = totals + values * len(x)
             if verbose and main:

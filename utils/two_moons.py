@@ -7,7 +7,7 @@ import params
 from models import CCU, Detector, PCAMetric, Softmax
 from utils import objectives
 from utils.fit import fit_gmm
-from utils.training import Settings, lr_factor, make_optimizer, set_lrs
+from utils.training import Settings, lr_factor, make_optimizer, set_lrs, take_step
 
 
 def points(seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -37,10 +37,7 @@ def train(train_type: str, x: Tensor, y: Tensor, epochs: int, seed: int = 0) -> 
         set_lrs(optimizer, lr_factor(objective.schedule, epoch / epochs))
         for batch in torch.randperm(len(x), generator=generator).split(p.batch_size):
             z = torch.rand(len(batch), 2, generator=generator) if objective.needs_out else None
-            loss, _ = objective(model, x[batch], y[batch], z, generator)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            take_step(model, objective, optimizer, x[batch], y[batch], z, generator)
     return model.eval()
 
 
