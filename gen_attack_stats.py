@@ -182,7 +182,8 @@ def attack_batch(label, model, coordinates, images, b, x, r, path, args, device)
     generator = torch.Generator().manual_seed(args.seed * 1000 + b)
     # another --points, as when memory ran out, repeats this batch and keeps those that are done
     state = State(path.with_suffix(f".{args.points}.state"), {}, resume=True)
-    with tqdm(desc=f"{label}, batch {b + 1}", total=args.steps, leave=False, disable=None) as bar:
+    with tqdm(desc=f"{label}, batch {b + 1}", total=len(x) * args.restarts * args.steps, unit=" gradients",
+              unit_scale=True, leave=False, disable=None) as bar:
         found = attack(model, coordinates, x.to(device), r.to(device), args.steps, args.restarts, args.alpha, generator,
                        batch=args.points, progress=bar.update, state=state, images=images)
 

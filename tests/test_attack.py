@@ -282,7 +282,7 @@ def test_goes_on_from_a_state_unless_an_eigenvector_has_another_sign(tmp_path, s
     calls, limit = 0, 100
     found = utils_attack.attack(Function(score), coordinates, generator=gen(9), state=state, progress=told.append,
                                 **options)
-    assert calls == 24 - (6 if sign == 1 else 0) and sum(told) == 12
+    assert calls == 24 - (6 if sign == 1 else 0) and sum(told) == 4 * 3 * 12
     torch.testing.assert_close(found.samples, expected.samples, atol=0 if sign == 1 else 1e-5, rtol=0)
 
 
@@ -377,11 +377,11 @@ def test_nearest_images_by_brute_force():
         assert torch.equal(ours, torch.cat((expected, expected[:2])))      # over again
 
 
-def test_progress_counts_to_steps():
+def test_progress_counts_all_gradients():
     told = []
     attack(small_net(6), random_metric(6, 10, 0), seeds_of(5, 6), torch.ones(5), steps=9, restarts=4,
            generator=gen(0), batch=7, progress=told.append)
-    assert sum(told) == 9 and all(isinstance(n, int) and n > 0 for n in told)
+    assert sum(told) == 5 * 4 * 9
 
 
 def test_wrong_arguments_are_refused():

@@ -93,7 +93,7 @@ def ascend(objective: Callable[[Tensor], Tensor], region: Region, point: Point, 
 def attack(detector: Detector, coordinates: Coordinates, seeds: Tensor, radii: Tensor, steps: int = params.ATTACK_STEPS,
            restarts: int = params.ATTACK_RESTARTS, alpha: float = params.ATTACK_ALPHA,
            generator: torch.Generator | None = None, batch: int = params.ATTACK_POINTS,
-           progress: Callable[[int], object] | None = None, state: State | None = None,
+           progress: Callable[[int], object] = lambda n: None, state: State | None = None,
            images: Tensor | None = None) -> AttackResult:
     """Maximise detector.attack_score(x) over { x in [0, 1]^D : d(x, seed) <= radius }, for every seed.
 
@@ -113,8 +113,9 @@ def attack(detector: Detector, coordinates: Coordinates, seeds: Tensor, radii: T
     best point.  benchmarks/attack_strength.py compares it with plain gradient steps.
 
     `batch` points are attacked at once; the starts, and up to rounding the result, do not depend on it.
-    progress(n) is called with n more steps of `steps` done.  The detector must be in evaluation mode.  An attack with
-    a `state` saves to it at intervals and goes on from there, to the same bits on the same CPU and number of threads.
+    progress(n) is called with n more of the B * restarts * steps gradients.  The detector must be in evaluation mode.
+    An attack with a `state` saves to it at intervals and goes on from there, to the same bits on the same CPU and
+    number of threads.
     """
     B, shape, device, metric = len(seeds), seeds.shape[1:], seeds.device, coordinates.metric
     radii = radii.to(device, torch.float64)
@@ -123,14 +124,9 @@ def attack(detector: Detector, coordinates: Coordinates, seeds: Tensor, radii: T
     if radii.shape != (B,) or not (radii >= 0).all() or not ((seeds >= 0) & (seeds <= 1)).all():
         raise ValueError("seeds must lie in [0, 1], with one radius >= 0 each")
     base = torch.randint(2 ** 62, (1,), generator=generator).item()
-    evaluations = told = 0
 
     def objective(x: Tensor) -> Tensor:
-        nonlocal evaluations, told
-        evaluations += len(x)
-        if progress and (done := evaluations // (B * restarts)) > told:
-            progress(done - told)
-            told = done
+        progress(len(x))
         return detector.attack_score(x)
 
     best, distance = seeds.clone(), torch.zeros_like(radii)
@@ -140,16 +136,18 @@ def attack(detector: Detector, coordinates: Coordinates, seeds: Tensor, radii: T
     # eigenvectors have other signs on another machine or number of threads
     basis = files.digest(coordinates.forward) if state is not None else None
     if state is not None and (saved := state.load()) is not None:
-        finished, base, evaluations = saved["finished"], saved["base"], saved["evaluations"]
+        finished, base = saved["finished"], saved["base"]
         best, best_score, distance = (saved[key].to(device) for key in ("best", "best_score", "distance"))
         search = [item.to(device) if isinstance(item, Tensor) else item for item in saved["search"]]
         if saved["basis"] != basis:     # the block of points begins again
-            search, evaluations = None, evaluations - search[0] * len(search[1])
+            search = None
+        else:
+            progress(search[0] * len(search[1]))
 
     def keep(search: list):
         if state is not None and state.due():
-            state.save(finished=finished, base=base, evaluations=evaluations, best=best, best_score=best_score,
-                       distance=distance, basis=basis, search=search)
+            state.save(finished=finished, base=base, best=best, best_score=best_score, distance=distance, basis=basis,
+                       search=search)
 
     if images is not None:
         images = images.to(device).flatten(1)
@@ -159,6 +157,7 @@ def attack(detector: Detector, coordinates: Coordinates, seeds: Tensor, radii: T
         for block in torch.arange(restarts, device=device).split(max(1, batch // len(rows))):
             if skip:
                 skip -= 1
+                progress(steps * len(rows) * len(block))
                 continue
             # n = len(block) * len(rows) points: all rows of one restart, then of the next
             region = Region(coordinates, seeds[rows].repeat(len(block), 1, 1, 1), radii[rows].repeat(len(block)))
