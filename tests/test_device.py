@@ -39,14 +39,14 @@ def pretended(tmp_path_factory):
         assert done.returncode == 0, done.stderr
         return json.loads((folder / "waits.json").read_text())
     run.folder = folder
-    run("gen_gmm.py --dataset Digits --n 10 --data_used 300 --gpu 0", f"{TRAIN} --train_type plain --batch_size 180")
+    run("gen_gmm.py --dataset Digits --n 10 --data_used 300 --gpu 0", f"{TRAIN} --train_type plain --batch_size 90")
     return run
 
 
 def test_training_does_not_wait_for_its_steps(pretended):
     train_types = ("ACET --steps 2", "CEDA_GMM --fit_out 1", "MCD", "EDL", "GAN")
     waits = pretended(*(f"{TRAIN} --train_type {train_type} --label X --batch_size {size}" for train_type in train_types
-                        for size in (180, 90)))
+                        for size in (90, 45)))
     for train_type, few, many in zip(train_types, waits[::2], waits[1::2], strict=True):
         assert few == many, train_type
         assert few["aten::_local_scalar_dense"] < 60, train_type        # once an epoch, for each tensor
@@ -54,13 +54,13 @@ def test_training_does_not_wait_for_its_steps(pretended):
 
 def test_numbers_are_those_of_the_cpu(pretended, tmp_path, monkeypatch):
     pretend_gpu.shorten(monkeypatch.setattr)
-    pretended(f"{CCU} --batch_size 90")
+    pretended(f"{CCU} --batch_size 45")
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         run_script("gen_gmm.py --dataset Digits --n 10 --data_used 300")
-        run_script(f"{CCU.replace('--gpu 0', '')} --batch_size 90")
+        run_script(f"{CCU.replace('--gpu 0', '')} --batch_size 45")
     finally:
         torch.set_num_threads(threads)
     here, there = (load_model(folder / "checkpoints/Digits/CCU.pt") for folder in (tmp_path, pretended.folder))
@@ -70,11 +70,11 @@ def test_numbers_are_those_of_the_cpu(pretended, tmp_path, monkeypatch):
 
 def test_tables_attack_and_calibration_keep_to_the_device(pretended):
     waits = pretended(
-        f"{CCU} --batch_size 180", f"{TRAIN} --train_type DE --members 2 --batch_size 180",
-        f"{TRAIN} --train_type Maha --batch_size 200", f"{TRAIN} --train_type MCD --batch_size 180",
+        f"{CCU} --batch_size 90", f"{TRAIN} --train_type DE --members 2 --batch_size 90",
+        f"{TRAIN} --train_type Maha --batch_size 100", f"{TRAIN} --train_type MCD --batch_size 90",
         "gen_eval.py --dataset Digits --models Base CCU MCD DE Maha",
         *(f"gen_attack_stats.py --datasets Digits --fit_out 1 --batches 1 --batch_size 4 --restarts 2 --certify 1 "
-          f"--models Base CCU Maha --steps {steps}" for steps in (3, 9)))
+          f"--models Base CCU Maha --steps {steps}" for steps in (2, 5)))
     assert waits[-2] == waits[-1]           # not once a step
 
 
