@@ -101,9 +101,9 @@ def test_mixtures_are_fitted_on_as_many_images_as_the_paper_says(tmp_path, monke
 
 
 def test_a_finished_model_is_trained_again_for_other_options_alone(work, monkeypatch, capsys):
-    monkeypatch.setattr(run_training, "load_out", lambda *args, **options: load_out(*args, **options | {"n": 500}))
+    monkeypatch.setattr(run_training, "load_out", lambda *args, **options: load_out(*args, **options | {"n": 64}))
     whole = run_training.load_in_dist
-    monkeypatch.setattr(run_training, "load_in_dist", lambda *args: whole(*args).subset(slice(300)))
+    monkeypatch.setattr(run_training, "load_in_dist", lambda *args: whole(*args).subset(slice(64)))
     command = "run_training.py --dataset Digits --train_type CEDA_GMM --use_gmm 1 --fit_out 1 --n 10 --epochs 1 "
     path = Path("checkpoints/Digits/CCU.pt")
 
