@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from attack_strength import known_maximum
 from scipy.optimize import minimize
 
 from gen_gmm import one_pass
@@ -169,9 +170,6 @@ def test_reaches_the_maximum_of_a_linear_function_of_many_ill_conditioned_pixels
     """In the metric of Digits, as training augments them, of 100 pixels whose variances differ, and of a rotation.
 
     Singular values are 4 10^4 to 10^6 apart; the random rotation, unlike images, has no pixels that hardly vary.
-
-    The maximum is known: x is maximal in ball and cube for every gradient r A (x - seed) + n, where r > 0 and n points
-    out of the cube (Karush, Kuhn and Tucker).
     """
     D, B = 100, 8
     if metric == "digits":
@@ -183,21 +181,16 @@ def test_reaches_the_maximum_of_a_linear_function_of_many_ill_conditioned_pixels
         scale = 10 ** (-3 * torch.rand(D, generator=gen(1)))
         metric = PCAMetric.fit(0.5 + scale * (torch.randn(500, D, generator=gen(2)) @ torch.rand(D, D, generator=gen(3))
                                               ).clamp(-0.5, 0.5))
-    A = torch.from_numpy(distance_matrix(PCAMetric(metric.comp_vecs.double(), metric.singular_values.double())))
     for radius in (0.1, 1.0, 10.0):
-        seeds, z = seeds_of(B, D, 4), torch.randn(B, D, generator=gen(5))
-        seed = seeds.flatten(1).double()
-        x = (seed + metric.inverse(radius * z / z.norm(dim=1, keepdim=True)).double()).clamp(0, 1)
-        normal = (x - seed) @ A
-        outwards = (x == 1).double() - (x == 0).double()
-        gradient = normal + normal.abs().mean(1, keepdim=True) * torch.rand(B, D, generator=gen(6)) * outwards
-        radii = ((x - seed) * normal).sum(1).sqrt()
-        linear = Function(lambda points: ((points - seed) * gradient).sum(1))       # noqa: B023
-        found = attack(linear, metric, seeds, radii, steps=200, restarts=1, generator=gen(7))
-        best = ((x - seed) * gradient).sum(1)
-        rise = ((found.samples.flatten(1) - seed) * gradient).sum(1) / best
-        assert (found.distance <= radii).all() and rise.max() < 1 + 1e-6
-        assert rise.mean() > least, (radius, rise)
+        seeds = seeds_of(B, D, 4)
+        gradient, best, radii = known_maximum(metric, seeds, torch.full((B,), radius), seed=5)
+
+        def rise(points, seeds=seeds, gradient=gradient, best=best):
+            return ((points - seeds.flatten(1)) * gradient).sum(1) / best
+        found = attack(Function(rise), metric, seeds, radii, steps=200, restarts=1, generator=gen(7))
+        risen = rise(found.samples.flatten(1))
+        assert (found.distance <= radii).all() and risen.max() < 1 + 1e-6
+        assert risen.mean() > least, (radius, risen)
 
 
 def test_gets_far_in_few_gradients():

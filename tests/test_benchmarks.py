@@ -3,26 +3,22 @@
 import json
 import shlex
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import ablation
+import attack_strength
+import baselines
 import numpy as np
 import pandas as pd
 import pytest
+import run
 import torch
 from scipy.optimize import minimize
 
 from models import PCAMetric
 from utils import load_model
 from utils.objectives import CEDA_GMM
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-
-import ablation
-import attack_strength
-import baselines
-import run
 
 
 def test_figures_have_a_name_a_unit_a_target_and_the_machine(tmp_path, monkeypatch, capsys):
