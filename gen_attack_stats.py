@@ -70,20 +70,13 @@ def main(args):
         tested = {label: evaluation.evaluate(model, on_test, at_once) for label, model in models.items()}
         chosen = torch.randperm(len(test), generator=torch.Generator().manual_seed(args.seed))[:params.ATTACK_IMAGES]
         images = test.floats(chosen)
-        parts = {label: unit_folder(dataset, label, model, metric, seeds, radii, images, args)
-                 for label, model in models.items()}
-        finished += parts.values()
+        folders = {label: unit_folder(dataset, label, model, metric, seeds, radii, images, args)
+                   for label, model in models.items()}
+        finished += folders.values()
         parallel.barrier()      # rank 0 has emptied the folders
-        coordinates = Coordinates(metric)
-        batches = list(zip(seeds.split(args.batch_size), radii.split(args.batch_size), strict=True))
-        units = {(label, b): parts[label] / f"{b}.pt" for label in models for b in range(len(batches))}
-        for label, b in list(units)[parallel.rank()::parallel.world_size()]:
-            if not units[label, b].exists():
-                attack_batch(label, models[label], coordinates, images, b, *batches[b], units[label, b], args, device)
-        parallel.barrier()
+        result = attack_all(models, Coordinates(metric), seeds, radii, images, folders, args, device)
         if parallel.rank() > 0:
             continue
-        result = {label: merge([units[label, b] for b in range(len(batches))]) for label in models}
         for label, model in models.items():
             log_p, scores_in = tested[label]
             if stuck := count_stuck(model, seeds, radii, result[label]):
@@ -175,6 +168,17 @@ def load_seeds(path: str, dataset: str, shape: tuple[int, ...]) -> torch.Tensor:
     if not ((seeds >= 0) & (seeds <= 1)).all():         # NaN too
         raise UserError(f"{path} is damaged: it has seeds outside [0, 1]")
     return seeds
+
+
+def attack_all(models, coordinates, seeds, radii, images, folders, args, device) -> dict:
+    """label -> what the attack found for all seeds; the batches of all models are shared out over the processes."""
+    batches = list(zip(seeds.split(args.batch_size), radii.split(args.batch_size), strict=True))
+    units = {(label, b): folders[label] / f"{b}.pt" for label in models for b in range(len(batches))}
+    for label, b in list(units)[parallel.rank()::parallel.world_size()]:
+        if not units[label, b].exists():
+            attack_batch(label, models[label], coordinates, images, b, *batches[b], units[label, b], args, device)
+    parallel.barrier()
+    return {label: merge([units[label, b] for b in range(len(batches))]) for label in models}
 
 
 def attack_batch(label, model, coordinates, images, b, x, r, path, args, device) -> None:
