@@ -279,6 +279,16 @@ def test_goes_on_from_a_state_unless_an_eigenvector_has_another_sign(tmp_path, s
     torch.testing.assert_close(found.samples, expected.samples, atol=0 if sign == 1 else 1e-5, rtol=0)
 
 
+def test_kinks_do_not_end_a_search():
+    """Where a maximum is a crease, as in a perturbed score (Maha), steps shrink on the way: they have to grow again."""
+    D = 20
+    metric, seeds = random_metric(D, 100, seed=1), seeds_of(16, D, 2)
+    W, goal = torch.randn(D, D, generator=gen(3)), 0.25 + 0.5 * torch.rand(D, generator=gen(4))
+    largest = Function(lambda x: -((x - goal) @ W).abs().amax(1))        # 0 at the goal
+    found = attack(largest, metric, seeds, torch.full((16,), 1e3), steps=300, restarts=1, generator=gen(0))
+    assert found.attack_score.mean() > 0.08 * largest.attack_score(seeds).mean()
+
+
 def test_a_score_that_rises_for_ever_leaves_the_numbers_finite():
     """Then every step is longer than the last."""
     rising, points = 0.0, []

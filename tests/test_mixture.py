@@ -126,6 +126,14 @@ def test_em_never_loses_likelihood(update_weights):
     assert min(np.diff(values)) > -1e-9
 
 
+def test_em_survives_a_component_without_images():
+    z = blobs()
+    start = kmeans_start(z, 4, seed=0, reg_covar=1e-3)
+    means = torch.cat((start.means, torch.full((1, 10), 1e3)))
+    fit = em(z, Fit(means, start.variances.mean().expand(5), torch.full((5,), 0.2), []), 1e-3)
+    assert fit.means.isfinite().all() and fit.variances.isfinite().all()
+
+
 def test_fit_gmm_has_uniform_weights_and_one_shared_variance():
     z = blobs()
     metric = PCAMetric.euclidean(10)
@@ -173,6 +181,17 @@ def test_confidences_sum_to_one_and_attack_score_is_the_excess_confidence(two):
     model64 = model.double()
     excess = (model64.score(x.double()).exp() - 0.1)[8:]
     torch.testing.assert_close(model64.attack_score(x.double())[8:].exp(), excess, rtol=1e-6, atol=1e-15)
+
+
+def test_attack_score_of_an_unsure_classifier_still_climbs_the_densities():
+    model = tiny_ccu().eval()
+    with torch.no_grad():
+        for parameter in model.base_model.fc2.parameters():     # then confidence - 1/M is 0
+            parameter.zero_()
+    x = (10 * torch.rand(3, 1, 28, 28)).requires_grad_()        # far out
+    score = model.attack_score(x)
+    gradient, = torch.autograd.grad(score.sum(), x)
+    assert score.isfinite().all() and gradient.isfinite().all() and (gradient != 0).any()
 
 
 def test_far_field_is_uniform_where_the_classifier_is_certain():
