@@ -91,7 +91,8 @@ def test_gen_attack_stats_writes_table_1_and_its_backup(work, capsys):
         assert (distance <= radii * (1 + 1e-6)).all() and x.min() >= 0 and x.max() <= 1
         assert (attacked["score"] >= attacked["seed_score"] - 1e-5).all()
         model = load_model(f"checkpoints/Digits/{label}.pt")
-        torch.testing.assert_close(model.score(attacked["samples"]).detach(), attacked["score"], atol=1e-5, rtol=0)
+        for images, score in ((attacked["samples"], "score"), (backup["seeds"], "seed_score")):
+            torch.testing.assert_close(model.score(images).detach(), attacked[score], atol=1e-5, rtol=0)
         assert table.loc[("Digits", "SR"), label] == pytest.approx(
             100 * (attacked["score"].numpy() >= np.median(backup["scores_in"][label])).mean())
     assert not [name for name in everything(work) if ".attack_" in name]

@@ -11,7 +11,7 @@ from conftest import run_script
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 import gen_attack_stats
-from models import CCU, certified_radius, confidence_bound
+from models import CCU, CLASSIFIERS, MCD, certified_radius, confidence_bound
 from utils import evaluation, files, load_model, save_model
 from utils.attack import AttackResult
 from utils.backups import ATTACK
@@ -26,7 +26,7 @@ def attacked(work, monkeypatch):
 
     def idle(model, metric, seeds, radii, steps, restarts, alpha, generator, **options):
         calls.append(SimpleNamespace(seeds=seeds, radii=radii, steps=steps, restarts=restarts, alpha=alpha,
-                                     seed=generator.initial_seed()))
+                                     seed=generator.initial_seed(), images=options["images"]))
         return AttackResult(seeds, model.attack_score(seeds), torch.zeros(len(seeds)))
     monkeypatch.setattr(gen_attack_stats, "attack", idle)
 
@@ -76,6 +76,8 @@ def test_radii_are_those_of_the_certificate(options, label, certificate, attacke
 def test_options_of_the_attack_reach_it(attacked):
     default, = attacked("--fit_out 1 --models Base --batches 1 --batch_size 2")
     assert (default.steps, default.restarts, default.alpha) == (500, 50, 3)
+    test = load_in_dist("Digits", "test", "data").floats()
+    torch.testing.assert_close(default.images.sum(0), test.sum(0))      # all of them, in another order
     calls = attacked("--fit_out 1 --batches 3 --batch_size 2 --steps 7 --restarts 4 --alpha 1.5 --radius 0.7 --seed 5")
     assert {(call.steps, call.restarts, call.alpha) for call in calls} == {(7, 4, 1.5)}
     assert all((call.radii == 0.7).all() and len(call.seeds) == 2 for call in calls)
@@ -93,6 +95,21 @@ def test_options_of_the_attack_reach_it(attacked):
 def test_seeds_are_what_the_options_say(options, wanted, attacked):
     call, = attacked(f"--fit_out 1 --models Base --batches 1 --batch_size 4 {options}")
     assert torch.equal(call.seeds, wanted(load_in_dist("Digits", "test", "data")))
+
+
+def test_a_score_that_is_no_confidence_ranks_but_has_no_mmc(attacked):
+    model = MCD(CLASSIFIERS["LeNetDropout"](1, 28, 10), passes=3).eval()
+    model.draw_masks(torch.Generator().manual_seed(0))
+    save_model(model, "checkpoints/Digits/MCD.pt", {})
+    with torch.no_grad():
+        expected = model.score(load_in_dist("Digits", "test", "data").floats())
+    run_script("gen_eval.py --dataset Digits --models MCD --output t2")
+    attacked("--fit_out 1 --models MCD --batches 1 --batch_size 2")
+    for scores in (files.load("backup/t2.pt")["scores"]["MCD/orig"],
+                   files.load("backup/t_Digits.pt")["scores_in"]["MCD"]):
+        torch.testing.assert_close(scores, expected)
+    assert pd.read_csv("t2.csv", header=[0, 1], index_col=0)["MCD", "MMC"].isna().all()
+    assert pd.read_csv("t.csv", index_col=[0, 1])["MCD"].isna().tolist() == [False, True, False, False]
 
 
 STATISTICS = ["TE", "MMC", "SR", "AUC"]
