@@ -65,9 +65,9 @@ def main(args):
             print(f"warning: {zero} of {len(radii)} radii of {dataset} are 0: nothing is certified around these seeds, "
                   "and their attacks cannot move", file=sys.stderr)
         start = time.monotonic()
-        on_test = test.to(device)       # a model that gives NaN is found before the attack, not after
+        on_device = test.to(device)       # a model that gives NaN is found before the attack, not after
         at_once = min(params.EVAL_BATCH_SIZE, args.points)
-        tested = {label: evaluation.evaluate(model, on_test, at_once) for label, model in models.items()}
+        tested = {label: evaluation.evaluate(model, on_device, at_once) for label, model in models.items()}
         chosen = torch.randperm(len(test), generator=torch.Generator().manual_seed(args.seed))[:params.ATTACK_IMAGES]
         images = test.floats(chosen)
         folders = {label: unit_folder(dataset, label, model, metric, seeds, radii, images, args)
@@ -83,7 +83,7 @@ def main(args):
                 notes.append(f"{dataset}: the attack on {label} gains nothing over {stuck} of {len(seeds)} seeds: the "
                              "score may have no gradient there; its MMC, SR and AUC say little")
                 print(f"warning: {notes[-1]}", file=sys.stderr)
-            rows[dataset, label] = statistics(model, log_p, scores_in, result[label]["score"], on_test.labels)
+            rows[dataset, label] = statistics(model, log_p, scores_in, result[label]["score"], on_device.labels)
             if args.certify:
                 rows[dataset, label] |= certify(model, seeds.to(device), radii, scores_in)
                 if (bound := rows[dataset, label]["bound"]) is not None:

@@ -42,12 +42,12 @@ def main(args):
     files.lock(stem)
     if args.models is None:
         name_untrained(args.dataset)
-    test_gpu = test.to(device)
+    on_device = test.to(device)
 
     scores, test_errors = {}, {}
     for label, model in models.items():
-        log_p, scores[label, "orig"] = evaluation.evaluate(model, test_gpu, args.batch_size)
-        test_errors[label] = evaluation.test_error(log_p, test_gpu.labels)
+        log_p, scores[label, "orig"] = evaluation.evaluate(model, on_device, args.batch_size)
+        test_errors[label] = evaluation.test_error(log_p, on_device.labels)
         evaluation.warn_near_chance(f"{label} on {args.dataset}", test_errors[label], test.classes)
         for name, data in sets.items():
             _, scores[label, name] = evaluation.evaluate(model, data.to(device), args.batch_size)

@@ -66,12 +66,10 @@ def main(args):
         raise UserError(f"the mixtures were fitted on images of {mixtures[0].metric.dim} values, {args.dataset}'s have "
                         f"{pixels}: run gen_gmm.py again, with the same --image_size")
     out = None
-    if calibrated:
-        out = load_out(out_name, data, args.data_dir, args.out_dir, n=params.CALIBRATION_IMAGES, seed=args.seed,
-                       download=args.download)
-    elif out_name:
-        uses = args.epochs * len(data) * objectives.OBJECTIVES[args.train_type].out_batch_ratio
-        out = load_out(out_name, data, args.data_dir, args.out_dir, seed=args.seed, download=args.download, uses=uses)
+    if out_name:
+        how_many = {"n": params.CALIBRATION_IMAGES} if calibrated else {
+            "uses": args.epochs * len(data) * objectives.OBJECTIVES[args.train_type].out_batch_ratio}
+        out = load_out(out_name, data, args.data_dir, args.out_dir, seed=args.seed, download=args.download, **how_many)
     files.lock(path)
     cli.keep_freed_memory()
     if path.exists() and parallel.rank() == 0:

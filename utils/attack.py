@@ -164,7 +164,7 @@ def attack(detector: Detector, coordinates: Coordinates, seeds: Tensor, radii: T
             start = unit_ball(base, (block[:, None] * B + rows).flatten().tolist(), metric.dim).to(seeds)
             start[block.repeat_interleave(len(rows)) == 0] = 0
             point = region.start(region.clamp(metric.inverse(start * region.search_radius)))
-            if images is not None and search is None:
+            if images is not None:
                 to_image = region.start(images[near[rows][:, block].T.flatten()] - region.seeds)        # [n, D]
                 point = leave_plateau(detector.attack_score, region, point, to_image)
             step = alpha / 10 * region.search_radius

@@ -122,7 +122,6 @@ class ACET(Objective):
     def __init__(self, loglam: float, steps: int, uniform: bool):
         super().__init__(loglam)
         self.steps, self.uniform = steps, uniform
-        self.needs_out = not uniform
 
     def draw(self, x, z, generator):
         """Where the attacks start, in their boxes and, ACET2, the boxes' centres."""
