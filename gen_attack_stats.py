@@ -189,7 +189,7 @@ def attack_batch(label, model, coordinates, images, b, x, r, path, args, device)
     with tqdm(desc=f"{label}, batch {b + 1}", total=len(x) * args.restarts * args.steps, unit=" gradients",
               unit_scale=True, leave=False, disable=None) as bar:
         found = attack(model, coordinates, x.to(device), r.to(device), args.steps, args.restarts, args.alpha, generator,
-                       batch=args.points, progress=bar.update, state=state, images=images)
+                       points=args.points, progress=bar.update, state=state, images=images)
 
     def of(function, images):
         return torch.cat([function(part) for part in images.split(args.points)]).cpu()

@@ -223,7 +223,7 @@ def test_reaches_the_maximum_over_a_grid():
 def test_more_work_is_never_worse():
     metric, net = random_metric(30, 1e3, seed=2), small_net(30)
     seeds, radii = seeds_of(6, 30), torch.full((6,), 0.5)
-    scores = [attack(net, metric, seeds, radii, steps, restarts, generator=gen(0), batch=6).attack_score
+    scores = [attack(net, metric, seeds, radii, steps, restarts, generator=gen(0), points=6).attack_score
               for steps, restarts in [(1, 1), (10, 1), (40, 1), (40, 3), (40, 6)]]
     for less, more in zip(scores, scores[1:], strict=False):
         assert (more >= less - 1e-6).all()
@@ -234,8 +234,8 @@ def test_deterministic_and_independent_of_batch_and_leaves_the_global_generator(
     seeds, radii = seeds_of(7, 20, dtype=torch.float64), torch.linspace(0.1, 1, 7)
     metric = PCAMetric(metric.comp_vecs.double(), metric.singular_values.double())
     state = torch.get_rng_state()
-    first, *others = [attack(net, metric, seeds, radii, 15, 6, generator=gen(4), batch=batch)
-                      for batch in (500, 500, 1, 3, 10)]
+    first, *others = [attack(net, metric, seeds, radii, 15, 6, generator=gen(4), points=points)
+                      for points in (500, 500, 1, 3, 10)]
     assert torch.equal(first.samples, others[0].samples) and torch.equal(state, torch.get_rng_state())
     for other in others[1:]:
         assert torch.allclose(first.samples, other.samples, atol=1e-6)
@@ -247,7 +247,7 @@ def test_deterministic_and_independent_of_batch_and_leaves_the_global_generator(
 def test_goes_on_from_a_state_unless_an_eigenvector_has_another_sign(tmp_path, sign):
     """With the same ones it goes on, to the same bits; else it begins the block of points again."""
     coordinates, net, seeds = Coordinates(random_metric(10, 100, seed=3)), small_net(10), seeds_of(4, 10)
-    options = {"seeds": seeds, "radii": torch.ones(4), "steps": 12, "restarts": 3, "batch": 4}
+    options = {"seeds": seeds, "radii": torch.ones(4), "steps": 12, "restarts": 3, "points": 4}
     expected = utils_attack.attack(net, coordinates, generator=gen(0), **options)
 
     class Always(State):
@@ -321,7 +321,7 @@ def test_the_first_start_of_each_seed_is_the_seed_itself():
     starts, net = [], small_net(6)
     watched = Function(lambda x: (starts.append(x.detach()) if x.requires_grad else None, net.attack_score(x))[1])
     seeds = seeds_of(3, 6)
-    attack(watched, random_metric(6, 10, 0), seeds, torch.ones(3), steps=1, restarts=4, generator=gen(0), batch=6)
+    attack(watched, random_metric(6, 10, 0), seeds, torch.ones(3), steps=1, restarts=4, generator=gen(0), points=6)
     first, *others = torch.cat(starts).split(3)
     assert torch.equal(first, seeds.flatten(1)) and len(others) == 3
     assert all((other != first).any(1).all() for other in others)
@@ -383,7 +383,7 @@ def test_nearest_images_by_brute_force():
 def test_progress_counts_all_gradients():
     told = []
     attack(small_net(6), random_metric(6, 10, 0), seeds_of(5, 6), torch.ones(5), steps=9, restarts=4,
-           generator=gen(0), batch=7, progress=told.append)
+           generator=gen(0), points=7, progress=told.append)
     assert sum(told) == 5 * 4 * 9
 
 

@@ -111,7 +111,7 @@ def make_small():
     for script in (gen_gmm, run_training, gen_attack_stats, gen_eval):
         script.load_in_dist = lambda name, split, *_: full[split]
     gen_gmm.load_out = lambda *_, **__: out
-    gen_attack_stats.attack = functools.partial(gen_attack_stats.attack, batch=2)    # several blocks of points
+    gen_attack_stats.attack = functools.partial(gen_attack_stats.attack, points=2)    # several blocks of points
 
 
 def start(folder, command, prepare=lambda: None) -> int:

@@ -92,7 +92,7 @@ def ascend(objective: Callable[[Tensor], Tensor], region: Region, point: Point, 
 @torch.no_grad()
 def attack(detector: Detector, coordinates: Coordinates, seeds: Tensor, radii: Tensor, steps: int = params.ATTACK_STEPS,
            restarts: int = params.ATTACK_RESTARTS, alpha: float = params.ATTACK_ALPHA,
-           generator: torch.Generator | None = None, batch: int = params.ATTACK_POINTS,
+           generator: torch.Generator | None = None, points: int = params.ATTACK_POINTS,
            progress: Callable[[int], object] = lambda n: None, state: State | None = None,
            images: Tensor | None = None) -> AttackResult:
     """Maximise detector.attack_score(x) over { x in [0, 1]^D : d(x, seed) <= radius }, for every seed.
@@ -112,7 +112,7 @@ def attack(detector: Detector, coordinates: Coordinates, seeds: Tensor, radii: T
     10 % longer at each better score, halved after three gradients without one, when the search goes back to its
     best point.  benchmarks/attack_strength.py compares it with plain gradient steps.
 
-    `batch` points are attacked at once; the starts, and up to rounding the result, do not depend on it.
+    So many `points` are attacked at once; the starts, and up to rounding the result, do not depend on it.
     progress(n) is called with n more of the B * restarts * steps gradients.  The detector must be in evaluation mode.
     An attack with a `state` saves to it at intervals and goes on from there, to the same bits on the same CPU and
     number of threads.
@@ -131,7 +131,7 @@ def attack(detector: Detector, coordinates: Coordinates, seeds: Tensor, radii: T
 
     best, distance = seeds.clone(), torch.zeros_like(radii)
     with full_precision():      # as in the tables
-        best_score = torch.cat([without_nan(detector.attack_score(x)) for x in seeds.split(batch)])
+        best_score = torch.cat([without_nan(detector.attack_score(x)) for x in seeds.split(points)])
     finished, search = 0, None      # blocks of points; the search of the next
     # eigenvectors have other signs on another machine or number of threads
     basis = files.digest(coordinates.forward) if state is not None else None
@@ -153,8 +153,8 @@ def attack(detector: Detector, coordinates: Coordinates, seeds: Tensor, radii: T
         images = images.to(device).flatten(1)
         near = nearest(metric, seeds, images, restarts)                         # [B, restarts]
     skip = finished
-    for rows in torch.arange(B, device=device).split(batch):
-        for block in torch.arange(restarts, device=device).split(max(1, batch // len(rows))):
+    for rows in torch.arange(B, device=device).split(points):
+        for block in torch.arange(restarts, device=device).split(max(1, points // len(rows))):
             if skip:
                 skip -= 1
                 progress(steps * len(rows) * len(block))
