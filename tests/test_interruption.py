@@ -45,7 +45,7 @@ JOBS = {
     "DE": f"{TRAIN} --train_type DE --members 2 --epochs 2",
     "EM": "gen_gmm.py --dataset Digits --augm_flag 1 --n 3 5",
     "attack": "gen_attack_stats.py --datasets Digits --fit_out 1 --radius 2 --steps 10 --restarts 2 --batches 2 "
-              "--batch_size 2 --vertical 1 --output results/t",
+              "--batch_size 2 --points 2 --vertical 1 --output results/t",        # two blocks of points a batch
 }
 KILLS = {"ACET2": 20, "DE": 10, "EM": 10, "attack": 20}
 FULL = ("ACET2", "EM", "attack")
@@ -111,7 +111,6 @@ def make_small():
     for script in (gen_gmm, run_training, gen_attack_stats, gen_eval):
         script.load_in_dist = lambda name, split, *_: full[split]
     gen_gmm.load_out = lambda *_, **__: out
-    gen_attack_stats.attack = functools.partial(gen_attack_stats.attack, points=2)    # several blocks of points
 
 
 def start(folder, command, prepare=lambda: None) -> int:
