@@ -323,6 +323,7 @@ TABLE = [
     ("gen_gmm.py --dataset MNIST", ["train-images", "wrong start"], mnist(images=b"hello, world, this is no IDX file")),
     ("gen_gmm.py --dataset MNIST", ["train-images", "wrong start"], mnist(images=idx((20, 28, 28), kind=13))),
     ("gen_gmm.py --dataset MNIST", ["train-images", "bytes"], mnist(images=idx((20, 28, 28))[:-1])),
+    ("gen_gmm.py --dataset MNIST", ["train-images", "bytes"], mnist(images=idx((20, 28, 28)) + b"0")),
     ("gen_gmm.py --dataset MNIST", ["train-images", "bytes"], mnist(images=idx((2 ** 31, 28, 28), b""))),
     ("gen_gmm.py --dataset MNIST", ["train-images", "28 x 28"], mnist(images=idx((20, 32, 32)))),
     ("gen_gmm.py --dataset MNIST", ["train-images", "28 x 28"], mnist(images=idx((0, 28, 28)))),
@@ -346,7 +347,9 @@ TABLE = [
                                    bytes(20 * 3072 * 4))),
     (NPY, ["300K", "[20, 3, 32, 32]"], npy("{'descr': '|u1', 'fortran_order': False, 'shape': (20, 3, 32, 32), }",
                                            bytes(20 * 3072))),
-    (f"{TRAIN} CEDA", ["tiny_images.bin", "cut short"], text("data/80M_Tiny_Images/tiny_images.bin")),
+    (NPY, ["300K", "[0, 32, 32, 3]"], npy("{'descr': '|u1', 'fortran_order': False, 'shape': (0, 32, 32, 3), }")),
+    *((f"{TRAIN} CEDA", ["tiny_images.bin", "cut short"], text("data/80M_Tiny_Images/tiny_images.bin", "x" * n))
+      for n in (0, 5000, 3072 * 9)),
     (f"{TRAIN} CEDA", ["80mn_cifar_idxs.txt", "whole numbers"],
      both(text("data/80M_Tiny_Images/tiny_images.bin", "x" * 3072 * 20),
           text("data/80M_Tiny_Images/80mn_cifar_idxs.txt", "9" * 40))),
