@@ -65,7 +65,7 @@ def main(args):
             print(f"warning: {zero} of {len(radii)} radii of {dataset} are 0: nothing is certified around these seeds, "
                   "and their attacks cannot move", file=sys.stderr)
         start = time.monotonic()
-        on_device = test.to(device)       # a model that gives NaN is found before the attack, not after
+        on_device = test.to(device)     # a model that gives NaN is found before the attack, not after
         at_once = min(params.EVAL_BATCH_SIZE, args.points)
         tested = {label: evaluation.evaluate(model, on_device, at_once) for label, model in models.items()}
         chosen = torch.randperm(len(test), generator=torch.Generator().manual_seed(args.seed))[:params.ATTACK_IMAGES]

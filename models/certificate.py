@@ -95,7 +95,7 @@ class Mixtures:
 class Balls:
     """Bounds on p(x|i) / (lam p(x|o)) over balls around B points x [B, D], for radii R [B].
 
-    All rounding errors are allowed for `margin` times.
+    `margin` multiplies the allowance for rounding.
     """
 
     def __init__(self, mixtures: Mixtures, x: Tensor, method: str, margin: float = 1.0):

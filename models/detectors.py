@@ -28,13 +28,13 @@ class Detector(nn.Module):
         self.spec = {"kind": type(self).__name__, "base_model": getattr(base_model, "spec", None), **spec}
 
     def logits(self, x: Tensor) -> Tensor:
-        """The classifier's logits [B, M]."""
+        """The classifier's logits [B, M]; [S, B, M] where it makes S passes (MCD, DE)."""
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
             logits = self.base_model(x)
         return logits.to(x.dtype)
 
     def log_softmax(self, x: Tensor) -> Tensor:
-        """The classifier's own log p(y|x, i) [B, M]."""
+        """The classifier's own log p(y|x, i), shaped as its logits."""
         return self.logits(x).log_softmax(-1)
 
     def score(self, x: Tensor) -> Tensor:

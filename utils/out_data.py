@@ -152,7 +152,8 @@ def _folder(out_dir: str | Path | None, split: str, n: int, shape: Shape, rng: G
 
 
 def _hash(path: Path) -> bytes:
-    """Orders photos so that those already there hardly change their part when others are added."""
+    """Orders photos at random, so that no class folder is held out as a whole, and for good: those already there
+    hardly change their part when others are added."""
     return hashlib.sha256(path.as_posix().encode()).digest()
 
 
