@@ -47,8 +47,7 @@ def main(args):
     jobs = {}       # file -> what decides it
     for n, path in paths.items():
         options = {"dataset": args.dataset, "metric": name, "n": n, "out_dataset": out_name,
-                   "data_dir": args.data_dir if args.dataset == "Folder" else None,
-                   "out_dir": args.out_dir if out_name == "Folder" else None,
+                   **cli.own_folders(args, out_name),
                    "seed": args.seed, "images": [len(data), len(out)], "shape": list(data.images.shape[1:]),
                    "reg_covar": args.reg_covar, "augm_flag": args.augm_flag}
         files.lock(path)

@@ -215,9 +215,7 @@ def load_mixtures(args, out_name):
         + f" --image_size {args.image_size}" * (args.dataset == "Folder")))
     n = gmm_in.components if args.gmm_path and args.n is None else n
     wanted_meta = {"dataset": args.dataset, "metric": name, "n": n, "out_dataset": out_name}
-    for key, decisive in (("data_dir", args.dataset == "Folder"), ("out_dir", out_name == "Folder")):
-        if decisive and key in meta:
-            wanted_meta[key] = getattr(args, key)
+    wanted_meta |= {key: wanted for key, wanted in cli.own_folders(args, out_name).items() if key in meta}
     for key, wanted in wanted_meta.items():
         if meta.get(key) != wanted:
             raise UserError(f"{path} was fitted with {key} {meta.get(key)}, not {wanted}: run gen_gmm.py with the same "

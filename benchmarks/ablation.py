@@ -40,7 +40,8 @@ SEEDS = 1000            # uniform noise around which radii are certified
 
 def main(args):
     name = args.name or args.dataset
-    files.check_writable(stem := model_paths.RESULTS / f"ablation_{name}")
+    stem = model_paths.RESULTS / f"ablation_{name}"
+    files.check_writable(stem, *tables.files_of(stem))
     folder = Path("ablation") / name
     folder.mkdir(parents=True, exist_ok=True)
 

@@ -111,6 +111,14 @@ def npy(header, body=b""):
     return lambda: put("data/300K_random_images.npy", start + header + body)
 
 
+def npz(path):
+    def make():
+        buffer = io.BytesIO()
+        np.savez(buffer, a=np.zeros(3))
+        put(path, buffer.getvalue())
+    return make
+
+
 class Evil:
     """Creates the file `ran` when it is unpickled."""
 
@@ -347,6 +355,7 @@ TABLE = [
                                    bytes(20 * 3072 * 4))),
     (NPY, ["300K", "[20, 3, 32, 32]"], npy("{'descr': '|u1', 'fortran_order': False, 'shape': (20, 3, 32, 32), }",
                                            bytes(20 * 3072))),
+    (NPY, ["300K", "damaged"], npz("data/300K_random_images.npy")),
     (NPY, ["300K", "[0, 32, 32, 3]"], npy("{'descr': '|u1', 'fortran_order': False, 'shape': (0, 32, 32, 3), }")),
     *((f"{TRAIN} CEDA", ["tiny_images.bin", "cut short"], text("data/80M_Tiny_Images/tiny_images.bin", "x" * n))
       for n in (0, 5000, 3072 * 9)),

@@ -76,12 +76,12 @@ def test_variables_that_are_no_single_word(planned, folder):
 
 
 def test_out_images_go_to_those_who_take_them(folder, planned):
-    labels = "Base CEDA-seed1 OE ACET ACET2 CCU CCUs MCD EDL DE GAN ODIN Maha"
+    labels = "Base CEDA-seed1 OE ACET ACET-seed1 ACET2 ACET2-seed1 CCU CCUs MCD EDL DE GAN ODIN Maha"
     run = subprocess.run(["make", "-n", "tables", "OUT_DATASET=CIFAR10", f"LABELS={labels}"], cwd=folder, text=True,
                          capture_output=True)
     given = {line.split('options("')[1].split('"')[0] for line in run.stdout.splitlines()
              if "run_training.py" in line and "--out_dataset CIFAR10" in line}
-    assert given == {"CEDA-seed1", "OE", "ACET", "CCU", "CCUs", "ODIN", "Maha"}
+    assert given == {"CEDA-seed1", "OE", "ACET", "ACET-seed1", "CCU", "CCUs", "ODIN", "Maha"}
 
 
 def test_tables_of_other_models_are_made_anew(planned, folder):

@@ -169,6 +169,12 @@ def metric_name(args: argparse.Namespace) -> str:
     return args.metric if args.PCA else "euclidean"
 
 
+def own_folders(args: argparse.Namespace, out_name: str) -> dict[str, str | None]:
+    """--data_dir and --out_dir where they decide what images these are, else None."""
+    return {"data_dir": args.data_dir if args.dataset == "Folder" else None,
+            "out_dir": args.out_dir if out_name == "Folder" else None}
+
+
 def device(gpu: int | None) -> torch.device:
     """The device of --gpu: None = GPU 0 where there is one, -1 = CPU.  Of several processes each has its own GPU."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -23,7 +23,7 @@ GREY_MODES = ("1", "L", "LA", "I;16", "I", "F")
 
 
 def list_images(path: str | Path) -> list[Path]:
-    """All image files below a folder, sorted; MissingData if there are none."""
+    """All image files below a folder, sorted; MissingData if there are none, PermissionError if one may not look."""
     def refuse(error: OSError):     # what may not be read is not left out in silence
         if isinstance(error, PermissionError):
             raise error

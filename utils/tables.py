@@ -37,8 +37,8 @@ def write(table: pd.DataFrame, stem: str | Path, title: str, notes: list[str]) -
     """stem.csv: the bare table.  stem.txt: LaTeX, title and notes as comments."""
     comments = "".join(f"% {line}\n" for line in [title, *notes])
     latex = table.map(percent).to_latex(escape=True).replace("–", "--")
-    texts = (table.round(4).to_csv(), comments + latex)
-    return [files.write_text(path, text) for path, text in zip(files_of(stem), texts, strict=True)]
+    csv, txt = files_of(stem)
+    return [files.write_text(csv, table.round(4).to_csv()), files.write_text(txt, comments + latex)]
 
 
 def notes(stem: str | Path) -> list[str]:
