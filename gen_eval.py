@@ -6,6 +6,10 @@ Evaluates every model under checkpoints/<dataset>/ and writes the table to resul
 second one with FPR at 95 % TPR (OOD positive), how the models were trained (_runs.json), and all scores to
 results/backup/.  What is not there is named: OOD sets, and how to get them; models that are not trained, and the
 command that trains the first.  On two CPU cores a LeNet takes seconds, a ResNet18 some eight minutes.
+
+--certify 1 adds a table of what the certificates of CCU and CCUs say of each set: the share of images around which a
+radius R > 0 is certified, within which no point is more confident than 1.1/M, and the median R of these by both bounds.
+Of the in-distribution's test images (orig) there should be none.
 """
 
 import contextlib
@@ -13,9 +17,12 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+from tqdm import tqdm
 
 import model_paths
 import params
+from models import CCU, certified_radius
+from models.certificate import METHODS
 from utils import cli, evaluation, files, records, tables
 from utils.backups import SCORES, meta_of
 from utils.data import load_in_dist, load_ood, load_ood_folder
@@ -32,9 +39,13 @@ def main(args):
         raise UserError(f"--ood: {twice[0]} is a row already; choose another name")
     stem = Path(args.output or model_paths.table(2, f"{args.dataset}_{model_paths.stamp()}"))
     backup = model_paths.backup(stem)
-    fpr_stem, runs_file = f"{stem}_fpr95", model_paths.table_runs(stem)
-    files.check_writable(stem, *tables.files_of(stem), *tables.files_of(fpr_stem), runs_file, backup)
+    stems = [stem, f"{stem}_fpr95", *[f"{stem}_certified"] * args.certify]
+    runs_file = model_paths.table_runs(stem)
+    files.check_writable(stem, *(path for each in stems for path in tables.files_of(each)), runs_file, backup)
     models = load_models(args.dataset, args.models, device)
+    if args.certify and not any(isinstance(model, CCU) for model in models.values()):
+        raise UserError("--certify 1: the models have no certificate; give CCU to --models, or make it: "
+                        + model_paths.command(args.dataset, "CCU"))
     test = load_in_dist(args.dataset, "test", args.data_dir, args.download, args.image_size)
     check_fit(models, test)
     sets = ood_sets(args, test)
@@ -53,22 +64,26 @@ def main(args):
             _, scores[label, name] = evaluation.evaluate(model, data.to(device), args.batch_size)
 
     metric = ("AP", evaluation.average_precision) if args.aupr else ("AUC", evaluation.auroc)
-    table = make_table(models, sets, scores, metric, not args.drop_mmc)
-    fpr = make_table(models, sets, scores, ("FPR95", evaluation.fpr95), False)
+    made = [(f"{metric[0]}{'' if args.drop_mmc else ' and mean maximal confidence'} (%)",
+             make_table(models, sets, scores, metric, not args.drop_mmc)),
+            ("FPR at 95 % TPR (%)", make_table(models, sets, scores, ("FPR95", evaluation.fpr95), False))]
+    if args.certify:
+        made.append((f"images with a certified radius R > 0 at ratio {params.RATIO} (%), and the median R of these",
+                     certificates(models, {"orig": test, **sets})))
     record = records.of(args)
     notes = [f"command: {record['command']}",
              "test error (%): " + ", ".join(f"{label} {error:.2f}" for label, error in test_errors.items()),
              *tables.model_notes(models), "average precision and FPR at 95 % TPR: OOD is the positive class"]
-    title = f"Table 2, {args.dataset}: {metric[0]}{'' if args.drop_mmc else ' and mean maximal confidence'} (%)"
-    title_fpr = f"Table 2, {args.dataset}: FPR at 95 % TPR (%)"
-    written = tables.write(table, stem, title, notes) + tables.write(fpr, fpr_stem, title_fpr, notes)
+    written = []
+    for each, (title, table) in zip(stems, made, strict=True):
+        written += tables.write(table, each, f"Table 2, {args.dataset}: {title}", notes)
     written.append(files.write_json(runs_file, runs(args.dataset, models, test_errors)))
     written.append(files.save({
         "format": SCORES, "record": record, "dataset": args.dataset,
         "test_error": test_errors, "meta": meta_of(models),
         "scores": {f"{label}/{name}": value.cpu() for (label, name), value in scores.items()}}, backup))
-    tables.show(table, title)
-    tables.show(fpr, title_fpr)
+    for title, table in made:
+        tables.show(table, f"Table 2, {args.dataset}: {title}")
     print("", *notes, sep="\n")
     print("", *(f"wrote {path}" for path in written), sep="\n")
 
@@ -138,6 +153,19 @@ def make_table(models, sets, scores, metric, with_mmc: bool) -> pd.DataFrame:
     return pd.DataFrame(columns, dtype=float)
 
 
+def certificates(models, sets) -> pd.DataFrame:
+    """One row per set; of each CCU the share (%) of images with a certified radius R > 0, and their median R by both
+    bounds."""
+    columns: dict[tuple, dict] = {}
+    for label in (label for label, model in models.items() if isinstance(model, CCU)):
+        for name, data in tqdm(sets.items(), desc=f"certificates of {label}", leave=False, disable=None):
+            radii = {method: certified_radius(models[label], data.floats(), params.RATIO, method) for method in METHODS}
+            columns.setdefault((label, "R > 0"), {})[name] = 100 * (radii["tight"] > 0).double().mean().item()
+            for method, R in radii.items():
+                columns.setdefault((label, f"R {method}"), {})[name] = R[R > 0].median().item()     # NaN of none
+    return pd.DataFrame(columns, list(sets))
+
+
 def parser() -> cli.Parser:
     p = cli.Parser(__doc__).dataset().common()
     p.add_argument("--models", nargs="+", action="extend", metavar="LABEL", help="labels (all that are trained)")
@@ -146,6 +174,7 @@ def parser() -> cli.Parser:
     p.add_argument("--drop_mmc", type=cli.flag, default=False, help="1 = leave out MMC, the mean "
                    "maximal confidence (0)")
     p.add_argument("--aupr", type=cli.flag, default=False, help="1 = average precision instead of AUC (0)")
+    p.add_argument("--certify", type=cli.flag, default=False, help="1 = a table of certified radii too (0)")
     p.add_argument("--ood", nargs="+", action="extend", type=cli.assignment, default=[], metavar="NAME=FOLDER",
                    help="more OOD sets: folders of images")
     p.add_argument("--output", type=cli.stem, metavar="PATH",

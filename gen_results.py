@@ -3,10 +3,10 @@
     python gen_results.py
 
 Replaces what stands between the two "results" marks of results/README.md with the tables of each data set D, beside
-the authors' figures of May 2019: table2_D.csv and _runs.json, table1_D.csv and .txt, as `make tables DATASET=D` leaves
-them in results/, and further ones of that data set, table2_D-NAME.csv and so on; then all ablation_*.csv and
-benchmark_*.json there.  Models that differ in their seed alone (Base, Base-seed1, ...) become mean ± standard
-deviation.
+the authors' figures of May 2019: table2_D.csv, _runs.json and, where they were asked for, certificates
+(_certified.csv), table1_D.csv and .txt, as `make tables DATASET=D` leaves them in results/, and further ones of that
+data set, table2_D-NAME.csv and so on; then all ablation_*.csv and benchmark_*.json there.  Models that differ in their
+seed alone (Base, Base-seed1, ...) become mean ± standard deviation.
 """
 
 import contextlib
@@ -92,7 +92,7 @@ def names_there() -> list[str]:
     prefix = model_paths.table(2, "")
     names = [path.stem.removeprefix(prefix.name) for path in prefix.parent.glob(f"{prefix.name}*.csv")]
     return [name for dataset in params.DATASETS for name in sorted(names)
-            if dataset_of(name) == dataset and not name.endswith("_fpr95")]
+            if dataset_of(name) == dataset and not name.endswith(("_fpr95", "_certified"))]
 
 
 def dataset_of(name: str) -> str:
@@ -109,7 +109,7 @@ def section(name: str) -> str:
     """Heading, how the models were made, our figures, ours beside the authors'."""
     runs = read_runs(name)
     figures = over_seeds(read_figures(name, runs))
-    text = f"### {heading(name, runs)}\n\n{how(name, runs)}\n" + markdown(figures.map(show))
+    text = f"### {heading(name, runs)}\n\n{how(name, runs)}\n" + markdown(figures.map(show)) + certified(name)
     authors = read_authors(dataset_of(name))
     rows = [row for row in figures.index if published(row) in authors.index]
     both = {label: [beside(figures.loc[row, label], authors.loc[published(row), label]) for row in rows]
@@ -123,6 +123,17 @@ def section(name: str) -> str:
         text += (f"\nOurs / the authors' of May 2019, of {params.EPOCHS} epochs (difference):\n\n"
                  + markdown(pd.DataFrame(both, rows)))
     return text + "\n"
+
+
+def certified(name: str) -> str:
+    """What the certificates say of each set, if `gen_eval.py --certify 1` wrote it with the rest of Table 2."""
+    stem = model_paths.table(2, name)
+    if not Path(f"{stem}_certified.csv").exists() or tables.notes(f"{stem}_certified")[1] != tables.notes(stem)[1]:
+        return ""       # of another command: an earlier run's
+    table = pd.read_csv(f"{stem}_certified.csv", header=[0, 1], index_col=0).rename({"orig": "test images"})
+    table.columns = [f"{label}: {what}{' (%)' * (what == 'R > 0')}" for label, what in table]
+    return ("\nImages around which a radius is certified, and the median radius of these:\n\n"
+            + markdown(table.map(tables.percent)))
 
 
 def heading(name: str, runs: dict) -> str:

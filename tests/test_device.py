@@ -72,7 +72,7 @@ def test_tables_attack_and_calibration_keep_to_the_device(pretended):
     waits = pretended(
         f"{CCU} --batch_size 90", f"{TRAIN} --train_type DE --members 2 --batch_size 90",
         f"{TRAIN} --train_type Maha --batch_size 100", f"{TRAIN} --train_type MCD --batch_size 90",
-        "gen_eval.py --dataset Digits --models Base CCU MCD DE Maha",
+        "gen_eval.py --dataset Digits --models Base CCU MCD DE Maha --certify 1",
         *(f"gen_attack_stats.py --datasets Digits --fit_out 1 --batches 1 --batch_size 4 --restarts 2 --certify 1 "
           f"--models Base CCU Maha --steps {steps}" for steps in (2, 5)))
     assert waits[-2] == waits[-1]           # not once a step

@@ -76,6 +76,18 @@ def test_seeds_become_mean_and_deviation_beside_the_authors(folder):
     assert [page.read_text() for page in gen_results.PAGES] == [first, written]
 
 
+def test_certificates_of_the_same_command_follow_the_table(folder):
+    Path("results/table2_MNIST_certified.csv").write_text(
+        ",CCU,CCU,CCU\n,R > 0,R paper,R tight\norig,0.0,,\nFMNIST,3.125,7.5,8.0\n")
+    note = Path("results/table2_MNIST_certified.txt")
+    note.write_text("% t\n% command: python gen_eval.py Y\n")
+    text = re.sub(" +", " ", gen_results.results())
+    assert "| | CCU: R > 0 (%) | CCU: R paper | CCU: R tight |\n" in text and text.count("### ") == 1
+    assert "| test images | 0.00 | – | – |\n| FMNIST | 3.12 | 7.50 | 8.00 |\n" in text
+    note.write_text("% t\n% command: python gen_eval.py Z\n")       # an earlier one's
+    assert "R paper" not in gen_results.results()
+
+
 def test_one_epoch_is_not_compared_with_a_hundred(folder):
     runs = json.loads(Path("results/table2_MNIST_runs.json").read_text())
     runs["CEDA"]["epochs"] = 1

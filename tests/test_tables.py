@@ -1,5 +1,6 @@
 """The numbers in the tables, from the scores and samples that the scripts keep, by scikit-learn or by hand."""
 
+import copy
 import math
 from types import SimpleNamespace
 
@@ -58,6 +59,28 @@ def test_another_seed_draws_other_ood_images(work):
     scores = files.load("backup/t.pt")["scores"]["Base/Uniform"]
     torch.testing.assert_close(scores, expected)
     assert not torch.allclose(scores, other)
+
+
+def test_certified_images_are_those_whose_density_ratio_is_small(work):
+    """R > 0 where (1 + M b) / (1 + b) <= 1.1 for b = p(x|i) / p(x|o) at the image itself."""
+    run_script("gen_eval.py --dataset Digits --models Base CCU --certify 1 --output t")
+    table = pd.read_csv("t_certified.csv", header=[0, 1], index_col=0)
+    ccu, test = load_model("checkpoints/Digits/CCU.pt"), load_in_dist("Digits", "test", "data")
+    sets = {"orig": test} | {name: load_ood(name, test, "data", seed=0) for name in ("Patches", "Noise", "Uniform")}
+    assert list(table.index) == list(sets) and set(table.columns.get_level_values(0)) == {"CCU"}
+    for name, data in sets.items():
+        with torch.no_grad():
+            log_in, log_out = copy.deepcopy(ccu).double().log_densities(data.floats().double())
+        b = (log_in - log_out).exp()
+        share = 100 * ((1 + 10 * b) / (1 + b) <= 1.1).double().mean().item()
+        assert table["CCU", "R > 0"][name] == pytest.approx(share, abs=1e-3), name
+        for method in ("paper", "tight"):
+            R = certified_radius(ccu, data.floats(), 1.1, method=method).numpy()
+            median = np.quantile(R[R > 0], 0.5, method="lower") if share else np.nan
+            assert table["CCU", f"R {method}"][name] == pytest.approx(median, abs=1e-3, nan_ok=True), name
+    shares = table["CCU", "R > 0"]
+    assert shares["orig"] < 1 < shares["Noise"] < 100 == shares["Uniform"]
+    assert table["CCU", "R tight"]["Uniform"] > 1.01 * table["CCU", "R paper"]["Uniform"] > 1
 
 
 @pytest.mark.parametrize("options, label, certificate", [("", "CCUs", "paper"), ("--fit_out 1", "CCU", "paper"),
