@@ -737,7 +737,7 @@ def test_a_batch_too_small_for_a_batch_norm_is_named(tmp_path, capsys, monkeypat
         run_script("run_training.py --dataset Folder --data_dir mine --image_size 8 --train_type plain --batch_size 1")
     error = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2 and error.startswith("run_training.py: ") and "larger --batch_size" in error
-    assert not Path("checkpoints/Folder/Base.pt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
 def test_ood_sets_that_are_not_ood_are_named(work, capsys):

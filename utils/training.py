@@ -111,7 +111,7 @@ def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet |
     steps = math.ceil(images / settings.batch_size)
     out_batch = min(settings.batch_size, len(data)) * objective.out_batch_ratio
     main = parallel.rank() == 0
-    writer = SummaryWriter(str(log_dir)) if main else None
+    writer = None
     for epoch in range(len(history), settings.epochs):
         start = time.monotonic() - seconds
         model.train()
@@ -127,6 +127,8 @@ def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet |
             if (size := parallel.world_size()) > 1:     # dropout differs from process to process; known when resumed
                 torch.manual_seed(((settings.seed * settings.epochs + epoch) * steps + step) * size + parallel.rank())
             scalars = take_step(model, objective, optimizer, x, y, z, generators["noise"])
+            if main and writer is None:     # not before: a run that its first step refuses writes nothing
+                writer = SummaryWriter(str(log_dir))
             values = parallel.sum_tensor(objective.weight * torch.stack(list(scalars.values())).detach())   # [S]
             totals = totals + values * len(x)
             if verbose and main:
@@ -139,7 +141,7 @@ def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet |
                       totals=totals, seconds=time.monotonic() - start)
         means = dict(zip(scalars, (totals / images).tolist(), strict=True))
         if not _finite(model, totals):
-            if main:
+            if writer is not None:
                 writer.close()
             kept = f"; the state {state.path} is kept" if state.path.exists() else ""
             raise UserError(f"the loss is not finite in epoch {epoch + 1}{kept}: try a smaller --lr, --lr_gmm or "
@@ -154,7 +156,7 @@ def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet |
         if main and (state.due() or epoch + 1 == settings.epochs):
             _save(state, model, objective, optimizer, generators, {}, history=history, step=done, totals=totals,
                   seconds=seconds)
-    if main:
+    if writer is not None:
         writer.close()
     return history
 
