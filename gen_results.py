@@ -23,7 +23,7 @@ from utils.errors import UserError
 SHORT = {"MNIST-100epochs": ("Base", "CEDA", "OE", "ODIN", "Maha", "CCUs", "CCU"),
          "MNIST": ("Base", "CEDA", "OE", "CCUs", "CCU"),
          "MNIST-ACET": ("Base", "ACET", "CCU"),
-         "FMNIST-LeNet": ("Base", "CEDA", "OE", "ACET", "ODIN", "Maha", "CCU"),
+         "FMNIST-LeNet": ("Base", "CEDA", "OE", "ACET", "ODIN", "Maha", "CCUs", "CCU"),
          "Folder-CIFAR10-JPEG": ("Base", "CEDA", "ODIN", "Maha", "CCU")}
 BEGIN, END = "<!-- results: written by gen_results.py -->\n", "<!-- end of results -->\n"
 SHORTEST = params.EPOCHS / 20       # a run of fewer epochs compares with no whole one
