@@ -7,12 +7,13 @@ second one with FPR at 95 % TPR (OOD positive), how the models were trained (_ru
 results/backup/.  What is not there is named: OOD sets, and how to get them; models that are not trained, and the
 command that trains the first.  On two CPU cores a LeNet takes seconds, a ResNet18 some eight minutes.
 
---certify 1 adds a table of what the certificates of CCU and CCUs say of each set: the share of images around which a
-radius R > 0 is certified, within which no point is more confident than 1.1/M, and the median R of these by both bounds.
-Of the in-distribution's test images (orig) there should be none.
+--certify 1 adds a table of what CCU and CCUs promise of each set: the share of images that are at most 1.1/M confident,
+the share around which this is certified within a radius R > 0, and the median R of these by both bounds.  Of the
+in-distribution's test images (orig) there should be hardly any.
 """
 
 import contextlib
+import math
 import sys
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def main(args):
     files.check_writable(stem, *(path for each in stems for path in tables.files_of(each)), runs_file, backup)
     models = load_models(args.dataset, args.models, device)
     if args.certify and not any(isinstance(model, CCU) for model in models.values()):
-        raise UserError("--certify 1: the models have no certificate; give CCU to --models, or make it: "
+        raise UserError("--certify 1: none of the models has a certificate, as CCU would: "
                         + model_paths.command(args.dataset, "CCU"))
     test = load_in_dist(args.dataset, "test", args.data_dir, args.download, args.image_size)
     check_fit(models, test)
@@ -68,8 +69,8 @@ def main(args):
              make_table(models, sets, scores, metric, not args.drop_mmc)),
             ("FPR at 95 % TPR (%)", make_table(models, sets, scores, ("FPR95", evaluation.fpr95), False))]
     if args.certify:
-        made.append((f"images with a certified radius R > 0 at ratio {params.RATIO} (%), and the median R of these",
-                     certificates(models, {"orig": test, **sets})))
+        made.append((f"images that are at most {params.RATIO}/M confident, those with a certified radius R > 0 (%), and "
+                     "the median R of these", certificates(models, {"orig": test, **sets}, scores)))
     record = records.of(args)
     notes = [f"command: {record['command']}",
              "test error (%): " + ", ".join(f"{label} {error:.2f}" for label, error in test_errors.items()),
@@ -153,17 +154,23 @@ def make_table(models, sets, scores, metric, with_mmc: bool) -> pd.DataFrame:
     return pd.DataFrame(columns, dtype=float)
 
 
-def certificates(models, sets) -> pd.DataFrame:
-    """One row per set; of each CCU the share (%) of images with a certified radius R > 0, and their median R by both
-    bounds."""
-    columns: dict[tuple, dict] = {}
-    for label in (label for label, model in models.items() if isinstance(model, CCU)):
-        for name, data in tqdm(sets.items(), desc=f"certificates of {label}", leave=False, disable=None):
-            radii = {method: certified_radius(models[label], data.floats(), params.RATIO, method) for method in METHODS}
-            columns.setdefault((label, "R > 0"), {})[name] = 100 * (radii["tight"] > 0).double().mean().item()
-            for method, R in radii.items():
-                columns.setdefault((label, f"R {method}"), {})[name] = R[R > 0].median().item()     # NaN of none
-    return pd.DataFrame(columns, list(sets))
+def certificates(models, sets, scores) -> pd.DataFrame:
+    """One row per set; of each CCU the share (%) of images that are at most RATIO/M confident, the share with a
+    certified radius R > 0, and the median of these R by both bounds."""
+    columns, names = {}, list(sets)
+    for label, model in models.items():
+        if not isinstance(model, CCU):
+            continue
+        R = {}
+        for name in tqdm(names, desc=f"certificates of {label}", leave=False, disable=None):
+            x = sets[name].floats()
+            R[name] = {method: certified_radius(model, x, params.RATIO, method) for method in METHODS}
+        limit = math.log(params.RATIO / model.classes)
+        columns[label, "uncertain"] = [100 * (scores[label, name] <= limit).double().mean().item() for name in names]
+        columns[label, "certified"] = [100 * (R[name]["tight"] > 0).double().mean().item() for name in names]
+        for method in METHODS:
+            columns[label, f"R {method}"] = [R[name][method][R[name][method] > 0].median().item() for name in names]
+    return pd.DataFrame(columns, names)         # no median of no radii: NaN
 
 
 def parser() -> cli.Parser:

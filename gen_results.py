@@ -128,12 +128,23 @@ def section(name: str) -> str:
 def certified(name: str) -> str:
     """What the certificates say of each set, if `gen_eval.py --certify 1` wrote it with the rest of Table 2."""
     stem = model_paths.table(2, name)
-    if not Path(f"{stem}_certified.csv").exists() or tables.notes(f"{stem}_certified")[1] != tables.notes(stem)[1]:
+    if not Path(f"{stem}_certified.csv").exists() or commands(f"{stem}_certified") != commands(stem):
         return ""       # of another command: an earlier run's
     table = pd.read_csv(f"{stem}_certified.csv", header=[0, 1], index_col=0).rename({"orig": "test images"})
-    table.columns = [f"{label}: {what}{' (%)' * (what == 'R > 0')}" for label, what in table]
-    return ("\nImages around which a radius is certified, and the median radius of these:\n\n"
-            + markdown(table.map(tables.percent)))
+    parts = {what: over_seeds(table.xs(what, axis=1, level=1)).map(show) for what in table.columns.unique(1)}
+    labels = dict.fromkeys(label for part in parts.values() for label in part)
+    return ("\nImages that are at most 1.1/M confident, those with a certified radius R > 0 (%), and the median R of "
+            "these:\n\n"
+            + markdown(pd.DataFrame({f"{label}: {what}": parts[what][label] for label in labels for what in parts})))
+
+
+def notes_of(stem: str | Path) -> list[str]:
+    """Those of a table, none of one that is not there."""
+    return tables.notes(stem) if Path(f"{stem}.txt").exists() else []
+
+
+def commands(stem: str | Path) -> list[str]:
+    return [note.removeprefix("command: ") for note in notes_of(stem) if note.startswith("command: ")]
 
 
 def heading(name: str, runs: dict) -> str:
@@ -209,12 +220,11 @@ def how(name: str, runs: dict) -> str:
         lines.append(f"Minutes of training ({'; '.join(sorted(machines))}): "
                      + ", ".join(f"{label} {run['seconds'] / 60:.1f}" for label, run in timed.items()) + ".")
     stems = [model_paths.table(number, name) for number in (1, 2)]
-    notes = [note for stem in stems if Path(f"{stem}.txt").exists() for note in tables.notes(stem)]
     balls = f"{dataset_of(name)}: "
-    lines += [f"Attack: {note.removeprefix(balls)}." for note in notes if note.startswith(balls)]
+    lines += [f"Attack: {note.removeprefix(balls)}." for stem in stems for note in notes_of(stem)
+              if note.startswith(balls)]
     lines.append(f"The models' commands are in `{model_paths.table_runs(model_paths.table(2, name))}`; the tables':")
-    commands = [note.removeprefix("command: ") for note in notes if note.startswith("command: ")]
-    return "\n".join(lines) + "\n\n" + "".join(f"    {command}\n" for command in commands)
+    return "\n".join(lines) + "\n\n" + "".join(f"    {command}\n" for stem in stems for command in commands(stem))
 
 
 def ablation(path: Path) -> str:

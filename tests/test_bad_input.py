@@ -219,7 +219,7 @@ TABLE = [
     (f"{EVAL} --models Bse", ["Bse", "did you mean Base"]),
     (f"{EVAL} --models Base,CCU", ["Base,CCU", "Base"]),
     (f"{EVAL} --models ../Digits/Base", ["../Digits/Base"]),
-    (f"{EVAL} --models Base --certify 1", ["no certificate", "--train_type CEDA_GMM"]),
+    (f"{EVAL} --models Base --certify 1", ["none of the models has a certificate", "--train_type CEDA_GMM"]),
     (f"{EVAL} --batch_size 1.5", ["--batch_size", "1.5"]),
     (f"{EVAL} --ood nonsense", ["nonsense", "NAME=FOLDER"]),
     (f"{EVAL} --ood x=", ["x=", "NAME=FOLDER"]),
