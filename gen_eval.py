@@ -69,8 +69,8 @@ def main(args):
              make_table(models, sets, scores, metric, not args.drop_mmc)),
             ("FPR at 95 % TPR (%)", make_table(models, sets, scores, ("FPR95", evaluation.fpr95), False))]
     if args.certify:
-        made.append((f"images that are at most {params.RATIO}/M confident, those with a certified radius R > 0 (%), and "
-                     "the median R of these", certificates(models, {"orig": test, **sets}, scores)))
+        made.append((f"images that are at most {params.RATIO}/M confident, those with a certified radius R > 0 (%), "
+                     "and the median R of these", certificates(models, {"orig": test, **sets}, scores)))
     record = records.of(args)
     notes = [f"command: {record['command']}",
              "test error (%): " + ", ".join(f"{label} {error:.2f}" for label, error in test_errors.items()),
