@@ -133,8 +133,8 @@ def certified(name: str) -> str:
     table = pd.read_csv(f"{stem}_certified.csv", header=[0, 1], index_col=0).rename({"orig": "test images"})
     parts = {what: over_seeds(table.xs(what, axis=1, level=1)).map(show) for what in table.columns.unique(1)}
     labels = dict.fromkeys(label for part in parts.values() for label in part)
-    return ("\nImages that are at most 1.1/M confident, those with a certified radius R > 0 (%), and the median R of "
-            "these:\n\n"
+    return (f"\nImages that are at most {params.RATIO}/M confident, those with a certified radius R > 0 (%), and the "
+            "median R of these:\n\n"
             + markdown(pd.DataFrame({f"{label}: {what}": parts[what][label] for label in labels for what in parts})))
 
 
