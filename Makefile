@@ -68,7 +68,7 @@ $(foreach label,$(filter-out $(KNOWN) $(KNOWN:%=%-seed%),$(LABELS)),$(if $(wildc
   $(error LABELS: unknown label $(label); known: $(KNOWN), with other seeds Base-seed1 and so on)))
 FOLDER := $(if $(DATA_DIR),--data_dir "$(DATA_DIR)")
 DATA := $(FOLDER) $(ARGS)
-TAKES_OUT := CEDA% OE% ACET ACET-% CCU% ODIN% Maha%
+NO_OUT := Base% ACET2% MCD% EDL% DE% GAN%
 OUT := $(addprefix --out_dataset ,$(OUT_DATASET)) $(if $(OUT_DIR),--out_dir "$(OUT_DIR)")
 # as in the demo, ACET's attacks are shortened where everything has to run on a laptop
 $(MODELS)/ACE%.pt: ACET = $(if $(digits),--steps 10)
@@ -93,7 +93,7 @@ $(MODELS)/.table1: $(sort $(LABELS:%=$(MODELS)/%.pt) $(MODELS)/CCU.pt) $(call st
 	@echo '$(OF1)' > $@
 
 $(MODELS)/%.pt: | $(INSTALLED)
-	$(PY) run_training.py --dataset $(DATASET) $$($(PY) -c 'import model_paths; print(model_paths.options("$*"))') --augm_flag 1 $(if $(filter ODIN% Maha%,$*),,$(addprefix --epochs ,$(EPOCHS))) $(DATA) $(if $(filter $(TAKES_OUT),$*),$(OUT)) $(call gpu,$*) --resume 1 $(ACET) $(TRAIN_ARGS)
+	$(PY) run_training.py --dataset $(DATASET) $$($(PY) -c 'import model_paths; print(model_paths.options("$*"))') --augm_flag 1 $(if $(filter ODIN% Maha%,$*),,$(addprefix --epochs ,$(EPOCHS))) $(DATA) $(if $(filter $(NO_OUT),$*),,$(OUT)) $(call gpu,$*) --resume 1 $(ACET) $(TRAIN_ARGS)
 
 # those that are there need no mixtures any more, and may be the authors'
 $(filter-out $(wildcard $(MODELS)/*.pt),$(patsubst %,$(MODELS)/%.pt,$(sort CCU CCUs $(filter CCU%,$(LABELS))))): | mixtures

@@ -211,7 +211,7 @@ def cost_of_step(kind: str, arch: str, gpu: int | None, keep: bool, repeats: int
         needed = torch.cuda.max_memory_allocated() - before
     elif before := reset_peak():
         step()
-        needed = peak() - before
+        needed = status("VmHWM") - before
     else:
         needed = None
     return 1e3 * interleaved({"step": step}, repeats, device)["step"], needed and needed / 2 ** 20
@@ -226,10 +226,6 @@ def reset_peak() -> int | None:
         return status("VmRSS")
     except (OSError, AttributeError):
         return None
-
-
-def peak() -> int:
-    return status("VmHWM")
 
 
 def status(key: str) -> int:

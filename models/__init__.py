@@ -16,8 +16,9 @@ def build(spec: dict) -> Detector:
     if kind == "DE":
         return DE([build_classifier(**spec["base_model"]) for _ in range(spec["members"])])
     base_model = build_classifier(**spec["base_model"])
-    if kind in ("Softmax", "EDL", "ODIN"):
-        return {"Softmax": Softmax, "EDL": EDL, "ODIN": ODIN}[kind](base_model)
+    alone = {"Softmax": Softmax, "EDL": EDL, "ODIN": ODIN}
+    if kind in alone:
+        return alone[kind](base_model)
     if kind == "MCD":
         return MCD(base_model, spec["passes"])
     if kind == "Maha":

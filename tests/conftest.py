@@ -3,6 +3,7 @@
 import importlib
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -47,3 +48,21 @@ def work(digits_run, tmp_path, monkeypatch):
     shutil.copytree(digits_run / "checkpoints", tmp_path / "checkpoints")
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def attacks(monkeypatch):
+    """What each call of `attack` in gen_attack_stats.py got, one a batch of a model; it finds nothing but the seeds."""
+    import torch
+
+    import gen_attack_stats
+    from utils.attack import AttackResult
+    calls = []
+
+    def idle(model, metric, seeds, radii, steps, restarts, alpha, generator, **options):
+        calls.append(SimpleNamespace(kind=type(model).__name__, seeds=seeds, radii=radii, steps=steps,
+                                     restarts=restarts, alpha=alpha, seed=generator.initial_seed(),
+                                     images=options["images"]))
+        return AttackResult(seeds, model.attack_score(seeds), torch.zeros(len(seeds)))
+    monkeypatch.setattr(gen_attack_stats, "attack", idle)
+    return calls

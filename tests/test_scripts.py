@@ -114,43 +114,6 @@ def test_a_table_is_written_whatever_becomes_of_what_is_printed(work):
     assert "Traceback" not in run.stderr.read() and run.wait() == 141 and Path("closed.csv").exists()
 
 
-def test_a_killed_attack_goes_on_where_it_was(work, monkeypatch):
-    import gen_attack_stats
-    command = ("gen_attack_stats.py --datasets Digits --fit_out 1 --steps 3 --restarts 2 --batches 2 --batch_size 4 "
-               "--vertical 1 --output ")
-    run_script(command + "whole")
-    attack, calls = gen_attack_stats.attack, []
-
-    def dying(*args, **kwargs):
-        calls.append(args)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return attack(*args, **kwargs)
-    monkeypatch.setattr(gen_attack_stats, "attack", dying)
-    with pytest.raises(SystemExit) as stop:
-        run_script(command + "killed")
-    assert stop.value.code == 130 and not Path("killed.csv").exists()
-    run_script(command + "killed --resume 1")
-    assert len(calls) == 5      # two done, one killed, two left
-    assert Path("killed.csv").read_bytes() == Path("whole.csv").read_bytes()
-
-
-def test_two_models_do_not_share_units(work, monkeypatch):
-    """A label more with --resume 1 costs that label's batches alone, and nothing is lost before the table is there."""
-    import gen_attack_stats
-    from utils import tables
-    command = ("gen_attack_stats.py --datasets Digits --fit_out 1 --steps 2 --restarts 1 --batches 1 --batch_size 3 "
-               "--resume 1 --output t --models ")
-    attack, calls = gen_attack_stats.attack, []
-    monkeypatch.setattr(gen_attack_stats, "attack", lambda *a, **k: calls.append(1) or attack(*a, **k))
-    with monkeypatch.context() as patch:
-        patch.setattr(tables, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(SystemExit):
-            run_script(command + "Base")
-    run_script(command + "Base CCU")
-    assert len(calls) == 2 and Path("t.csv").exists()
-
-
 def test_a_script_counts_numbers_below_1e_38_as_zero_and_leaves_that_to_itself(monkeypatch):
     if not torch.set_flush_denormal(False):
         pytest.skip("this processor cannot")

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -14,27 +13,18 @@ from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 import gen_attack_stats
 from models import CCU, CLASSIFIERS, MCD, certified_radius, confidence_bound
 from utils import evaluation, files, load_model, save_model
-from utils.attack import AttackResult
 from utils.backups import ATTACK
 from utils.data import load_in_dist, load_ood
 from utils.out_data import load_out
 
 
 @pytest.fixture
-def attacked(work, monkeypatch):
-    """Run gen_attack_stats.py with these options; what its calls of `attack` got, which find nothing but the seeds."""
-    calls = []
-
-    def idle(model, metric, seeds, radii, steps, restarts, alpha, generator, **options):
-        calls.append(SimpleNamespace(seeds=seeds, radii=radii, steps=steps, restarts=restarts, alpha=alpha,
-                                     seed=generator.initial_seed(), images=options["images"]))
-        return AttackResult(seeds, model.attack_score(seeds), torch.zeros(len(seeds)))
-    monkeypatch.setattr(gen_attack_stats, "attack", idle)
-
+def attacked(work, attacks):
+    """Run gen_attack_stats.py with these options; what its calls of `attack` got."""
     def run(options):
-        calls.clear()
+        attacks.clear()
         run_script(f"gen_attack_stats.py --datasets Digits --wide_format 1 --output t {options}")
-        return list(calls)
+        return list(attacks)
     return run
 
 

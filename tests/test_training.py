@@ -13,33 +13,20 @@ import params
 import run_training
 from models import CLASSIFIERS, LeNet
 from utils.out_data import load_out
-from utils.state import State
 
 
-class Killed(Exception):
-    pass
-
-
-def die_after(monkeypatch, times):
-    """Make the loop die right after it has saved its state so often: after every step, with SAVE_EVERY 0."""
-    save, count = State.save, [0]
-
-    def dying(*args, **kwargs):
-        save(*args, **kwargs)
-        count[0] += 1
-        if count[0] == times:
-            raise Killed
-    monkeypatch.setattr(State, "save", dying)
+def killed(command, monkeypatch):
+    """Trained, and killed before its checkpoint is written."""
+    with monkeypatch.context() as patch:
+        patch.setattr(run_training, "evaluate", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_script(command)
 
 
 def test_another_learning_rate_does_not_continue_a_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("utils.state.SAVE_EVERY", 0.0)
-    command = "run_training.py --dataset Digits --train_type plain --epochs 3"
-    with monkeypatch.context() as patch:
-        die_after(patch, 1)
-        with pytest.raises(Killed):
-            run_script(command)
+    command = "run_training.py --dataset Digits --train_type plain --epochs 1"
+    killed(command, monkeypatch)
     with pytest.raises(SystemExit) as stop:
         run_script(command + " --lr 0.1 --resume 1")
     assert stop.value.code == 2 and "made with lr None, not 0.1" in capsys.readouterr().err
@@ -47,13 +34,9 @@ def test_another_learning_rate_does_not_continue_a_run(tmp_path, monkeypatch, ca
 
 def test_out_images_that_came_later_do_not_continue_a_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("utils.state.SAVE_EVERY", 0.0)
     monkeypatch.setattr(run_training, "load_out", lambda *args, **options: load_out(*args, **options | {"n": 500}))
-    command = "run_training.py --dataset Digits --train_type CEDA --epochs 3"       # --out_dataset auto
-    with monkeypatch.context() as patch:
-        die_after(patch, 1)
-        with pytest.raises(Killed):
-            run_script(command)
+    command = "run_training.py --dataset Digits --train_type CEDA --epochs 1"       # --out_dataset auto
+    killed(command, monkeypatch)
     Path("data").mkdir()
     np.save("data/300K_random_images.npy", np.zeros((600, 32, 32, 3), np.uint8))
     with pytest.raises(SystemExit) as stop:

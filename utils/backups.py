@@ -62,14 +62,11 @@ def confidences(attack: dict, scores: dict) -> dict[str, dict[str, Tensor]]:
             continue
         mine = {key.removeprefix(f"{label}/"): value for key, value in scores["scores"].items()
                 if key.startswith(f"{label}/")}
-        if not same_scores(mine["orig"], attack["scores_in"][label]):
+        a, b = mine["orig"], attack["scores_in"][label]
+        if a.shape != b.shape or not torch.allclose(a, b, atol=1e-3):
             dataset = attack["dataset"]
             raise UserError(f"the two backups are of different models {label}; make both again: "
                             f"{MEND[ATTACK].format(dataset)}; {MEND[SCORES].format(dataset)}")
         sets[label] = {f"{attack['dataset']} (test)": mine.pop("orig"), **mine,
                        "adversarial noise": attack["models"][label]["score"]}
     return {label: {name: score.double().exp() for name, score in of.items()} for label, of in sets.items()}
-
-
-def same_scores(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.allclose(a, b, atol=1e-3)

@@ -145,7 +145,7 @@ def _idx(name: str, split: str, data_dir: Path, download: bool) -> ImageSet:
     if images.shape[2:] != (28, 28) or not len(images):
         raise UserError(f"{path} holds {list(images.shape)} images, not {name}'s 28 x 28: fetch it again")
     if name == "EMNIST":   # stored on its side; its labels matter to nobody here
-        return ImageSet(name, images.transpose(2, 3).contiguous(), None, 0)
+        return ImageSet(name, images.transpose(2, 3), None, 0)
     if not (path := find("labels-idx1")):
         raise missing(name, data_dir)
     labels = torch.from_numpy(read_idx(path, 1)).long()
@@ -197,7 +197,7 @@ def _colour(name: str, split: str, data_dir: Path, download: bool) -> ImageSet:
     images = data.data if name == "SVHN" else data.data.transpose(0, 3, 1, 2)
     labels = torch.as_tensor(data.labels if name == "SVHN" else data.targets).long()
     classes = 100 if name == "CIFAR100" else 10
-    return ImageSet(name, torch.from_numpy(np.ascontiguousarray(images)), labels, classes)
+    return ImageSet(name, torch.from_numpy(images), labels, classes)
 
 
 def _download(name: str, data_dir: Path, cls: str, **kwargs) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 from utils.errors import MissingData, UserError
 
@@ -51,8 +52,6 @@ def read_images(paths: Sequence[Path], channels: int, size: int, crops: Sequence
     out, counted and named on one line of stderr; the second value, bool, one an image asked for, is False for
     them.  UserError if none can be read.
     """
-    from tqdm import tqdm
-
     crops = [None] * len(paths) if crops is None else crops
     counts = [1 if crop is None else len(crop) for crop in crops]
     ends = np.cumsum(counts)
