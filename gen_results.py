@@ -241,8 +241,9 @@ def speed(path: Path) -> str:
     cells = {figure["name"]: tables.benchmark_cells(figure) for figure in record["figures"]}
     rows = {name: (f"{value} {unit}", *others) for name, (value, unit, *others) in cells.items()}
     table = pd.DataFrame(rows, ["measured", "baseline", "ratio", "target", "met"]).T
-    return (f"### Speed, {machine['gpu'] or machine['processor']}, {machine['threads']} threads\n\n"
-            f"`{path}`: PyTorch {machine['torch']}, commit {record['commit']}, {record['time']}.\n\n"
+    return (f"### Speed, {path.stem.removeprefix('benchmark_')}\n\n"
+            f"`{path}`: {machine['gpu'] or machine['processor']}, {machine['threads']} threads, PyTorch "
+            f"{machine['torch']}, commit {record['commit']}, {record['time']}.\n\n"
             f"    {record['command']}\n\n"
             + markdown(table) + "\n")
 

@@ -9,7 +9,7 @@ networks.  ODIN and Maha train nothing: they choose their hyperparameters on the
 torchrun --nproc_per_node=N run_training.py ... trains in N processes, each on a GPU of its own (README, "Several
 GPUs").
 
-On two cores an epoch of MNIST takes about 25 s for plain and 46 s for CCU.  TensorBoard scalars go to logs/.
+On two cores an epoch of MNIST takes about 40 s for plain and 70 s for CCU.  TensorBoard scalars go to logs/.
 """
 
 import shlex

@@ -140,7 +140,8 @@ def test_a_benchmark_is_shown_with_its_targets(folder):
         {"command": "python run.py", "commit": "abc", "time": "t", "machine": {
             "gpu": None, "processor": "Abacus", "threads": 2, "torch": "3.0"}, "figures": figures}))
     text = re.sub(" +", " ", gen_results.results())
-    assert "### Speed, Abacus, 2 threads\n" in text and " python run.py\n" in text
+    assert "### Speed, x\n\n`results/benchmark_x.json`: Abacus, 2 threads, PyTorch 3.0" in text
+    assert " python run.py\n" in text
     assert "| a / b | 1,234 ms | 1,000 | 1.234 | <= 1.3 | yes |\n" in text and "| c | 0.5 h | | | | |\n" in text
 
 
