@@ -16,6 +16,7 @@ bounds (the tight ones) on the confidence in the attacked balls, the share of ba
 GAUC, the AUROC of the test images' scores against these bounds, which no attack in the balls can lower.
 """
 
+import itertools
 import math
 import shutil
 import sys
@@ -74,9 +75,10 @@ def main(args):
                    for label, model in models.items()}
         finished += folders.values()
         parallel.barrier()      # rank 0 has emptied the folders
-        result = attack_all(models, Coordinates(metric), seeds, radii, images, folders, args, device)
+        units = attack_all(models, Coordinates(metric), seeds, radii, images, folders, args, device)
         if parallel.rank() > 0:
             continue
+        result = {label: merge(paths) for label, paths in units.items()}
         for label, model in models.items():
             log_p, scores_in = tested[label]
             if stuck := count_stuck(model, seeds, radii, result[label]):
@@ -171,14 +173,15 @@ def load_seeds(path: str, dataset: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def attack_all(models, coordinates, seeds, radii, images, folders, args, device) -> dict:
-    """label -> what the attack found for all seeds; the batches of all models are shared out over the processes."""
+    """label -> files of what the attack found, one a batch; the batches of all models are shared out over the
+    processes."""
     batches = list(zip(seeds.split(args.batch_size), radii.split(args.batch_size), strict=True))
-    units = {(label, b): folders[label] / f"{b}.pt" for label in models for b in range(len(batches))}
-    for label, b in list(units)[parallel.rank()::parallel.world_size()]:
-        if not units[label, b].exists():
-            attack_batch(label, models[label], coordinates, images, b, *batches[b], units[label, b], args, device)
+    units = {label: [folders[label] / f"{b}.pt" for b in range(len(batches))] for label in models}
+    for label, b in list(itertools.product(models, range(len(batches))))[parallel.rank()::parallel.world_size()]:
+        if not (path := units[label][b]).exists():
+            attack_batch(label, models[label], coordinates, images, b, *batches[b], path, args, device)
     parallel.barrier()
-    return {label: merge([units[label, b] for b in range(len(batches))]) for label in models}
+    return units
 
 
 def attack_batch(label, model, coordinates, images, b, x, r, path, args, device) -> None:

@@ -3,9 +3,9 @@
     python -m tests.pretend_gpu RECORD "gen_gmm.py --dataset Digits" "run_training.py ..."
 
 runs scripts with all that they put on their device on a device `pretend`, and writes to RECORD, as JSON, for each
-command how often it waited for that device: read a value, copied to the CPU, picked by a mask.  An operation on tensors
-of both devices, or with the other device's generator, raises, as on a GPU.  The numbers are the CPU's.  It knows
-nothing of autocast, of memory, of time, or of which operations a GPU has.
+command how often it waited for that device: read a value, copied from or to the CPU, picked by a mask.  An operation on
+tensors of both devices, or with the other device's generator, raises, as on a GPU.  The numbers are the CPU's.  It
+knows nothing of autocast, of memory, of time, or of which operations a GPU has.
 """
 
 import collections
@@ -64,7 +64,7 @@ def dispatch(func, args, kwargs):
         return func(*args, **kwargs)
     if ours and name not in COPIES and any(t.dim() for t in tensors if not isinstance(t, Tensor)):
         raise RuntimeError(f"{name} of tensors on two devices")
-    if name in READS or ours and not stays or (name == "aten::copy_" and not isinstance(args[0], Tensor)) or (
+    if name in READS or ours and not stays or (name in COPIES and len(ours) < len(tensors)) or (
             name in PICKS and any(t is not None and t.dtype == torch.bool for t in args[1])):
         waits[name] += 1
     if kwargs.get("generator") is not None:

@@ -17,7 +17,7 @@ from scipy.ndimage import gaussian_filter
 
 import utils.data
 from utils import noise, out_data
-from utils.batches import Augmentation, ImageSet, augment, batches, draw_crops, endless
+from utils.batches import Augmentation, ImageSet, augment, batches, crop_flip, draw_crops, endless
 from utils.data import load_in_dist, load_ood, load_ood_folder
 from utils.errors import MissingData, UserError
 from utils.images import random_crops, shape_like
@@ -152,6 +152,16 @@ def test_batches_on_a_gpu_do_not_synchronise():
         augment(source.images, torch.arange(9, device="cuda"), Augmentation(2, "constant", False), g)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("mode", ["constant", "edge", "reflect"])
+def test_a_gpu_crops_as_the_cpu_does(mode):
+    source, augmentation = random_set(20_000, 3, 32), Augmentation(4, mode, True)
+    drawn = torch.arange(20_000), *draw_crops(20_000, augmentation, torch.Generator().manual_seed(0))
+    expected = crop_flip(source.images, *drawn, augmentation)
+    found = crop_flip(source.images.to("cuda"), *(part.to("cuda") for part in drawn), augmentation)
+    torch.testing.assert_close(found.cpu(), expected)
 
 
 # --- data sets ---------------------------------------------------------------------------------------------

@@ -114,6 +114,22 @@ def test_a_table_is_written_whatever_becomes_of_what_is_printed(work):
     assert "Traceback" not in run.stderr.read() and run.wait() == 141 and Path("closed.csv").exists()
 
 
+@pytest.mark.parametrize("error", [
+    MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("CUDA error: out of memory")])
+def test_too_little_memory_is_one_line(error, monkeypatch, capsys):
+    def main(args):
+        raise error
+    monkeypatch.setattr(sys, "argv", ["script"])
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main, cli.Parser("A script.").common())
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == ("script: out of memory: choose a smaller --batch_size (of an attack: --points), "
+                                       "or fewer images or centroids\n")
+
+
 def test_a_script_counts_numbers_below_1e_38_as_zero_and_leaves_that_to_itself(monkeypatch):
     if not torch.set_flush_denormal(False):
         pytest.skip("this processor cannot")

@@ -256,7 +256,9 @@ def to_mend(error: Exception) -> str | None:
     """What the user can mend; None for an error of ours."""
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+    # the CPU's allocator, CUDA and its libraries have words of their own
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search(
+            "can't allocate memory|out of memory|ALLOC_FAILED", str(error)):
         return "out of memory: choose a smaller --batch_size (of an attack: --points), or fewer images or centroids"
     if "Expected more than 1 value per channel" in str(error):
         return "these images are so small that a batch norm needs more than one: choose a larger --batch_size"

@@ -31,7 +31,7 @@ def mean_confidence(log_confidence: Tensor) -> Tensor:
 def combine(log_p: Tensor, y: Tensor, out_loss: Callable[[Tensor], Tensor], p_in: float, p_out: float
             ) -> tuple[Tensor, dict[str, Tensor]]:
     """p_in * cross-entropy(in) + p_out * out_loss(out), and its parts, of the log-confidences of [in; out]."""
-    inside, outside = log_p[:len(y)], log_p[len(y):]
+    inside, outside = log_p.split((len(y), len(log_p) - len(y)))
     loss_in, loss_out = F.nll_loss(inside, y), out_loss(outside)
     return p_in * loss_in + p_out * loss_out, {
         "loss_in": loss_in.detach(), "loss_out": loss_out.detach(), "accuracy": accuracy(inside, y),
@@ -148,7 +148,7 @@ class CEDA_GMM(Objective):
         loss, scalars = combine(model.posterior(model.log_softmax(images), log_p_in, log_p_out), y,
                                 uniform_cross_entropy, self.p_in, self.p_out)
         log_density = torch.logaddexp(log_p_in + math.log(self.p_in), log_p_out + math.log(self.p_out))
-        density_in, density_out = log_density[:len(y)].mean(), log_density[len(y):].mean()
+        density_in, density_out = (part.mean() for part in log_density.split((len(x), len(z))))
         loss = loss - self.p_in * density_in - self.p_out * density_out
         scalars |= {"log_density_in": density_in.detach(), "log_density_out": density_out.detach(),
                     "largest_var_in": model.gmm_in.logvar.detach().max().exp()}

@@ -31,7 +31,7 @@ def walk(models: dict[str, Detector], label: str, image: Tensor, noise: Tensor, 
     """
     if not isinstance(ccu := models[label], CCU):
         raise UserError(f"{label} is no CCU model and certifies nothing; choose CCU or CCUs")
-    t = torch.linspace(0, 1, n).square().view(-1, 1, 1, 1)
+    t = torch.linspace(0, 1, n, device=image.device).square().view(-1, 1, 1, 1)
     images = (1 - t) * image + t * noise                                        # [n, C, H, W]
     around, metric = noise.expand_as(images), ccu.gmm_in.metric
     to_noise = distances(metric, images, around)
