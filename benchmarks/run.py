@@ -33,6 +33,7 @@ import numpy as np
 import pandas as pd
 import torch
 from baselines import NaiveCCU, brentq_radius, pil_epoch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import params
 from models import CCU, GMM, PCAMetric, Softmax, build_classifier, certified_radius
@@ -174,6 +175,32 @@ def steps(report: Report, device: torch.device, quick: bool) -> None:
                 report.add(f"{name} / ccu_step, {arch}", ours, "ms", ms, ms / ours, least=least)
             if mib is not None:
                 report.add(f"memory of ccu_step / {name}, {arch}", needs, "MiB", mib, needs / mib, most=most)
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that a device is handed; views, which only look at a tensor otherwise, are none."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.namespace == "aten" and not func.is_view and func.overloadpacket.__name__ != "_unsafe_view"
+        return func(*args, **(kwargs or {}))
+
+
+def operations(report: Report, device: torch.device, quick: bool) -> None:
+    """How many operations a step is, on any device: where they are small, a GPU waits for the next one's launch."""
+    for arch in ("LeNet",) if quick else NETWORKS:
+        counts = {}
+        for kind in ("ceda", "ccu"):
+            step = make_step(kind, arch, False, device)
+            step()
+            with Operations() as seen:
+                step()
+            counts[kind] = seen.count
+        report.add(f"operations of ccu_step / ceda_step, {arch}", counts["ccu"], "operations", counts["ceda"],
+                   counts["ccu"] / counts["ceda"])
 
 
 def compiled(report: Report, device: torch.device, quick: bool) -> None:
@@ -450,8 +477,8 @@ def processes(report: Report, device: torch.device, quick: bool) -> None:
 
 
 # what might break a GPU's context comes last
-SECTIONS = {function.__name__: function for function in (gmm_fits, steps, loader, attacks, certificates, evaluation,
-                                                         epochs, processes, compiled)}
+SECTIONS = {function.__name__: function for function in (gmm_fits, steps, operations, loader, attacks, certificates,
+                                                         evaluation, epochs, processes, compiled)}
 
 
 def main(args):

@@ -49,6 +49,13 @@ def test_the_naive_step_is_the_same_step():
     assert gradients[0].norm() > 0
 
 
+def test_operations_are_counted_without_views():
+    a, b = torch.ones(2, 5, 3), torch.ones(3, 4)
+    with run.Operations() as seen:
+        (a @ b)[0].T.add_(1).view(4, 5)         # a product and a sum
+    assert seen.count == 2
+
+
 def test_linear_scores_have_the_maximum_that_is_said():
     """By SLSQP, with both ball and cube at work."""
     V, _ = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
