@@ -214,8 +214,7 @@ def how(name: str, runs: dict) -> str:
     """How the models were made, how long it took, where; the attack's balls; the commands."""
     lines = [f"{', '.join(labels)}: {way}." for way, labels in tables.by_making(runs).items()]
     timed = {label: run for label, run in runs.items() if "seconds" in run}
-    machines = {f"{run.get('gpu') or run.get('processor') or 'CPU'}, {run['threads']} "
-                f"thread{'s' * (run['threads'] > 1)}" for run in timed.values()}
+    machines = set(map(on, timed.values()))
     if timed:
         lines.append(f"Minutes of training ({'; '.join(sorted(machines))}): "
                      + ", ".join(f"{label} {run['seconds'] / 60:.1f}" for label, run in timed.items()) + ".")
@@ -225,6 +224,11 @@ def how(name: str, runs: dict) -> str:
               if note.startswith(balls)]
     lines.append(f"The models' commands are in `{model_paths.table_runs(model_paths.table(2, name))}`; the tables':")
     return "\n".join(lines) + "\n\n" + "".join(f"    {command}\n" for stem in stems for command in commands(stem))
+
+
+def on(machine: dict) -> str:
+    threads = machine["threads"]
+    return f"{machine.get('gpu') or machine.get('processor') or 'CPU'}, {threads} thread{'s' * (threads > 1)}"
 
 
 def ablation(path: Path) -> str:
@@ -242,8 +246,7 @@ def speed(path: Path) -> str:
     rows = {name: (f"{value} {unit}", *others) for name, (value, unit, *others) in cells.items()}
     table = pd.DataFrame(rows, ["measured", "baseline", "ratio", "target", "met"]).T
     return (f"### Speed, {path.stem.removeprefix('benchmark_')}\n\n"
-            f"`{path}`: {machine['gpu'] or machine['processor']}, {machine['threads']} threads, PyTorch "
-            f"{machine['torch']}, commit {record['commit']}, {record['time']}.\n\n"
+            f"`{path}`: {on(machine)}, PyTorch {machine['torch']}, commit {record['commit']}, {record['time']}.\n\n"
             f"    {record['command']}\n\n"
             + markdown(table) + "\n")
 
