@@ -131,15 +131,20 @@ def broken(change):
     ("missing key base_model.conv2.bias", lambda s: s.pop("base_model.conv2.bias")),
     ("unexpected key surprise", lambda s: s.update(surprise=torch.zeros(1))),
     ("mm_out.logvar", lambda s: s.update({"mm_out.logvar": torch.zeros(6)})),
-    ("mm.norm_const", lambda s: s["mm.norm_const"].add_(5)),
+    ("mm.norm_const", lambda s: s["mm.norm_const"].add_(0.1)),
     ("metric", lambda s: s.update({"mm_out.metric.comp_vecs": torch.eye(784)})),
-    ("singular_values_sqrt", lambda s: s["mm.metric.singular_values_sqrt"].mul_(2)),
+    ("singular_values_sqrt", lambda s: s["mm.metric.singular_values_sqrt"].mul_(1.001)),
     ("not finite", lambda s: s["mm.mu"].fill_(math.nan)),
     ("log_K", lambda s: s.update(log_K=torch.tensor(-math.log(100)))),
 ])
 def test_wrong_state_dicts_are_refused_by_name(culprit, change):
     with pytest.raises(ValueError, match=culprit):
         load_pretrained.from_authors(broken(change), params.DATASETS["MNIST"])
+
+
+def test_weights_that_do_not_sum_to_one_are_named(capsys):
+    load_pretrained.from_authors(broken(lambda s: s["mm_out.alpha"].add_(math.log(2))), params.DATASETS["MNIST"])
+    assert capsys.readouterr().err == "warning: the weights exp(mm_out.alpha) sum to 2, not to 1\n"
 
 
 def test_an_existing_checkpoint_is_kept(tmp_path, monkeypatch):
