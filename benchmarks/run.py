@@ -14,7 +14,6 @@ with PIL transforms.  Nothing else should run beside it.  About 15 minutes on tw
 
 import json
 import math
-import multiprocessing
 import os
 import platform
 import re
@@ -30,10 +29,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
-import pandas as pd
 import torch
 from baselines import NaiveCCU, brentq_radius, pil_epoch
-from torch.utils._python_dispatch import TorchDispatchMode
+from measure import Operations, Report, in_child, interleaved, reset_peak, several, status, synchronise
 
 import params
 from models import CCU, GMM, PCAMetric, Softmax, build_classifier, certified_radius
@@ -47,62 +45,14 @@ from utils.fit import em, fit_gmm, kmeans_start
 from utils.objectives import CEDA, CEDA_GMM, Plain
 from utils.region import Coordinates, Region
 from utils.state import State
-from utils.tables import benchmark_cells
 from utils.training import Settings, make_optimizer, take_step, train
 
 NETWORKS = {"LeNet": (1, 28, "adam"), "ResNet18": (3, 32, "sgd")}
 K, M, B = 100, 10, 128
 
 
-class Report:
-    """Collects figures; `add` prints one as a JSON line."""
-
-    def __init__(self, machine: dict):
-        self.machine, self.figures = machine, []
-
-    def add(self, name: str, value: float, unit: str, baseline: float | None = None, ratio: float | None = None,
-            most: float | None = None, least: float | None = None, **more) -> None:
-        """ratio: how it compares with the baseline.  most, least: the target, for the ratio or else the value."""
-        compared = ratio if ratio is not None else value
-        target = f"<= {most:g}" if most is not None else f">= {least:g}" if least is not None else None
-        met = compared <= most if most is not None else compared >= least if least is not None else None
-        figure = {"name": name, "value": value, "unit": unit, "baseline": baseline, "ratio": ratio, "target": target,
-                  "met": met, **more}
-        self.figures.append(figure)
-        print(json.dumps(figure | self.machine), flush=True)
-
-    def table(self) -> str:
-        columns = ["value", "unit", "baseline", "ratio", "target", "met"]
-        rows = {figure["name"]: benchmark_cells(figure) for figure in self.figures}
-        return pd.DataFrame.from_dict(rows, "index", columns=columns).to_string()
-
-
-def interleaved(functions: dict, repeats: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each function, called in turn after one call each to warm up."""
-    seconds = {name: [] for name in functions}
-    for i in range(repeats + 1):
-        for name, function in functions.items():
-            synchronise(device)
-            start = time.perf_counter()
-            function()
-            synchronise(device)
-            if i:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def several(times: int, function, *args) -> None:
-    for _ in range(times):
-        function(*args)
-
-
 def repeats(arch: str, device: torch.device, quick: bool) -> int:
     return 2 if quick else 3 if arch == "ResNet18" and device.type == "cpu" else 7
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 # --- what is measured on ------------------------------------------------------------------------------------------
@@ -177,18 +127,6 @@ def steps(report: Report, device: torch.device, quick: bool) -> None:
                 report.add(f"memory of ccu_step / {name}, {arch}", needs, "MiB", mib, needs / mib, most=most)
 
 
-class Operations(TorchDispatchMode):
-    """Counts the operations that a device is handed; views, which only look at a tensor otherwise, are none."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func.namespace == "aten" and not func.is_view and func.overloadpacket.__name__ != "_unsafe_view"
-        return func(*args, **(kwargs or {}))
-
-
 def operations(report: Report, device: torch.device, quick: bool) -> None:
     """How many operations a step is, on any device: where they are small, a GPU waits for the next one's launch."""
     for arch in ("LeNet",) if quick else NETWORKS:
@@ -242,32 +180,6 @@ def cost_of_step(kind: str, arch: str, gpu: int | None, keep: bool, repeats: int
     else:
         needed = None
     return 1e3 * interleaved({"step": step}, repeats, device)["step"], needed and needed / 2 ** 20
-
-
-def reset_peak() -> int | None:
-    """Forget the process's peak memory (Linux); bytes that it holds now."""
-    try:
-        import ctypes
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        return status("VmRSS")
-    except (OSError, AttributeError):
-        return None
-
-
-def status(key: str) -> int:
-    return 1024 * int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1))
-
-
-def in_child(function, *args):
-    """function(*args) in a fresh process: nobody else's memory is counted."""
-    with multiprocessing.get_context("spawn").Pool(1, set_up, (torch.get_num_threads(),)) as pool:
-        return pool.apply(function, args)
-
-
-def set_up(threads: int) -> None:
-    torch.set_flush_denormal(True)
-    torch.set_num_threads(threads)
 
 
 def loader(report: Report, device: torch.device, quick: bool) -> None:

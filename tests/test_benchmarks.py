@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import ablation
 import attack_strength
 import baselines
+import measure
 import numpy as np
 import pandas as pd
 import pytest
@@ -51,7 +52,7 @@ def test_the_naive_step_is_the_same_step():
 
 def test_operations_are_counted_without_views():
     a, b = torch.ones(2, 5, 3), torch.ones(3, 4)
-    with run.Operations() as seen:
+    with measure.Operations() as seen:
         (a @ b)[0].T.add_(1).view(4, 5)         # a product and a sum
     assert seen.count == 2
 
