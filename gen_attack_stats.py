@@ -173,8 +173,7 @@ def load_seeds(path: str, dataset: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def attack_all(models, coordinates, seeds, radii, images, folders, args, device) -> dict:
-    """label -> files of what the attack found, one a batch; the batches of all models are shared out over the
-    processes."""
+    """label -> files of what the attack found, one a batch; all models' batches are shared out over the processes."""
     batches = list(zip(seeds.split(args.batch_size), radii.split(args.batch_size), strict=True))
     units = {label: [folders[label] / f"{b}.pt" for b in range(len(batches))] for label in models}
     for label, b in list(itertools.product(models, range(len(batches))))[parallel.rank()::parallel.world_size()]:

@@ -227,6 +227,7 @@ def how(name: str, runs: dict) -> str:
 
 
 def on(machine: dict) -> str:
+    """Where a run or a benchmark was made."""
     threads = machine["threads"]
     return f"{machine.get('gpu') or machine.get('processor') or 'CPU'}, {threads} thread{'s' * (threads > 1)}"
 
