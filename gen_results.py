@@ -21,8 +21,7 @@ from utils.errors import UserError
 
 # README.md's tables and, of their labels, these
 SHORT = {"MNIST-100epochs": ("Base", "CEDA", "OE", "ODIN", "Maha", "CCUs", "CCU"),
-         "MNIST": ("Base", "CEDA", "OE", "CCUs", "CCU"),
-         "MNIST-ACET": ("Base", "ACET", "CCU"),
+         "MNIST-float32": ("Base", "CEDA", "OE", "ACET", "ODIN", "Maha", "CCUs", "CCU"),
          "FMNIST-LeNet": ("Base", "CEDA", "OE", "ACET", "ODIN", "Maha", "CCUs", "CCU"),
          "Folder-CIFAR10-JPEG": ("Base", "CEDA", "ODIN", "Maha", "CCU")}
 BEGIN, END = "<!-- results: written by gen_results.py -->\n", "<!-- end of results -->\n"
