@@ -30,6 +30,14 @@ def run_script(command: str):
         sys.argv = saved
 
 
+def killed(monkeypatch, run, command: str):
+    """run(command), a training, killed before its checkpoint is written."""
+    with monkeypatch.context() as patch:
+        patch.setattr("run_training.evaluate", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(command)
+
+
 @pytest.fixture(scope="session")
 def digits_run(tmp_path_factory):
     """A folder with the mixtures, Base and CCU of a short run; tests read it and write elsewhere."""

@@ -30,7 +30,8 @@ def test_a_killed_attack_keeps_batches_of_the_same_options_and_weights_alone(wor
                        f"--restarts 2 --batch_size 4 --output t --resume 1 {changes}")
         assert stop.value.code == 130 and not Path("t.csv").exists()
         return [call.kind for call in attacks]
-    assert attacked() == ["Softmax", "Softmax", "CCU", "CCU"] and attacked() == []
+    assert attacked("--models Base") == ["Softmax", "Softmax"]
+    assert attacked() == ["CCU", "CCU"] and attacked() == []        # a label more costs its own batches alone
     for changes in ("--steps 6", "--restarts 3", "--alpha 2", "--seed 1", "--batch_size 3", "--radius 2"):
         assert len(attacked(changes)) == 4, changes
     assert attacked() == []
@@ -43,6 +44,23 @@ def test_a_killed_attack_keeps_batches_of_the_same_options_and_weights_alone(wor
     assert len(attacked("--resume 0")) == 4
     monkeypatch.setattr(gen_attack_stats, "FORMAT", "of another version")
     assert len(attacked()) == 4
+
+
+def test_a_killed_attack_keeps_the_batches_that_it_finished(work, attacks, monkeypatch):
+    command = "gen_attack_stats.py --datasets Digits --fit_out 1 --batches 2 --batch_size 4 --output t --resume 1"
+    idle = gen_attack_stats.attack
+
+    def dying(*args, **options):
+        if len(attacks) == 2:
+            raise KeyboardInterrupt
+        return idle(*args, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(gen_attack_stats, "attack", dying)
+        with pytest.raises(SystemExit) as stop:
+            run_script(command)
+    assert stop.value.code == 130 and len(attacks) == 2 and not Path("t.csv").exists()
+    run_script(command)
+    assert len(attacks) == 4 and Path("t.csv").exists()
 
 
 @pytest.mark.parametrize("part", ["comp_vecs", "singular_values"])

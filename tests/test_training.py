@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_script
+from conftest import killed, run_script
 
 import params
 import run_training
@@ -15,18 +15,10 @@ from models import CLASSIFIERS, LeNet
 from utils.out_data import load_out
 
 
-def killed(command, monkeypatch):
-    """Trained, and killed before its checkpoint is written."""
-    with monkeypatch.context() as patch:
-        patch.setattr(run_training, "evaluate", lambda *args: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            run_script(command)
-
-
 def test_another_learning_rate_does_not_continue_a_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     command = "run_training.py --dataset Digits --train_type plain --epochs 1"
-    killed(command, monkeypatch)
+    killed(monkeypatch, run_script, command)
     with pytest.raises(SystemExit) as stop:
         run_script(command + " --lr 0.1 --resume 1")
     assert stop.value.code == 2 and "made with lr None, not 0.1" in capsys.readouterr().err
@@ -36,7 +28,7 @@ def test_out_images_that_came_later_do_not_continue_a_run(tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run_training, "load_out", lambda *args, **options: load_out(*args, **options | {"n": 500}))
     command = "run_training.py --dataset Digits --train_type CEDA --epochs 1"       # --out_dataset auto
-    killed(command, monkeypatch)
+    killed(monkeypatch, run_script, command)
     Path("data").mkdir()
     np.save("data/300K_random_images.npy", np.zeros((600, 32, 32, 3), np.uint8))
     with pytest.raises(SystemExit) as stop:
