@@ -244,6 +244,18 @@ def test_mixtures_are_fitted_on_augmented_images_when_asked(augmented, few_out, 
         assert 0.3 < unmoved < 0.75 if augmented else unmoved == 1
 
 
+def test_verbose_prints_the_log_likelihood_of_every_step(few_out, capsys):
+    run_script("gen_gmm.py --dataset Digits --n 2 --verbose 1")
+    lines = capsys.readouterr().out.splitlines()
+    *_, meta = files.load_mixtures("checkpoints/Digits/gmm/pca_n2_Photos.pt", "")
+    for which, last in zip(("in", "out"), meta["log_likelihoods"], strict=True):
+        start = f"EM {which}, n = 2, step "
+        steps, values = zip(*(line.removeprefix(start).split(": log-likelihood ") for line in lines
+                              if line.startswith(start)), strict=True)
+        assert list(map(int, steps)) == list(range(len(steps))) and len(steps) > 1
+        assert float(values[-1]) == pytest.approx(last, abs=1e-3)
+
+
 def test_mixtures_of_equal_metrics_share_one_and_of_others_are_refused():
     ccu = tiny_ccu()
     equal, other = (GMM(ccu.gmm_out.mu, ccu.gmm_out.logvar, ccu.gmm_out.alpha, PCAMetric(
