@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -466,6 +467,29 @@ def test_random_images_300k(tmp_path):
     expected = [i.transpose(2, 0, 1).tobytes() for i in images]
     assert sorted(i.numpy().tobytes() for i in found["train"]) == sorted(expected[:45])
     assert sorted(i.numpy().tobytes() for i in found["test"]) == sorted(expected[45:])
+
+
+def test_random_images_300k_are_fetched_whole_or_not_at_all(tmp_path, monkeypatch):
+    datasets()
+    from pytorch_ood.dataset.img import tinyimages
+    images, like = RNG.integers(0, 256, (50, 32, 32, 3), dtype=np.uint8), random_set(4, 3, 32)
+
+    def broken(url, root, md5):
+        Path(root, "300K_random_images.npy").write_bytes(b"half of it")
+        raise RuntimeError("File not found or\ncorrupted.")
+    monkeypatch.setattr(tinyimages, "download_url", broken)
+    with pytest.raises(MissingData, match=r"\(File not found or corrupted.\): put 300K_random_images.npy"):
+        load_out("RandomImages300k", like, tmp_path / "data", download=True)
+    assert list((tmp_path / "data").iterdir()) == []
+
+    def whole(url, root, md5):
+        assert url.endswith("/300K_random_images.npy") and len(md5) == 32
+        np.save(Path(root, "300K_random_images.npy"), images)
+    monkeypatch.setattr(tinyimages, "download_url", whole)
+    found = load_out("RandomImages300k", like, tmp_path / "data", download=True)
+    assert len(found) == 45 and [path.name for path in (tmp_path / "data").iterdir()] == ["300K_random_images.npy"]
+    monkeypatch.setattr(tinyimages, "download_url", broken)     # what is there is not fetched again
+    assert torch.equal(load_out("RandomImages300k", like, tmp_path / "data", download=True).images, found.images)
 
 
 def test_folder_of_photos(tmp_path):

@@ -65,7 +65,7 @@ class Parser(argparse.ArgumentParser):
         self.shared.add_argument("--gpu", type=int, help=gpu)
         self.shared.add_argument("--seed", type=integer(0), default=0, help="seed of all random draws (0)")
         self.shared.add_argument("--download", type=flag, default=False, help="1 = fetch missing data sets that "
-                                 "torchvision can fetch (0)")
+                                 "torchvision or pytorch-ood can fetch (0)")
         return self.data_dir()
 
     def data_dir(self) -> "Parser":

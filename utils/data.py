@@ -3,6 +3,7 @@
 Whatever its source, an image is decoded once and kept as uint8 [C, H, W].
 """
 
+import contextlib
 import gzip
 import math
 import os
@@ -201,11 +202,18 @@ def _colour(name: str, split: str, data_dir: Path, download: bool) -> ImageSet:
 
 
 def _download(name: str, data_dir: Path, cls: str, **kwargs) -> None:
-    try:
+    with downloading(name, _HOW[name].format(dir=data_dir)):
         getattr(datasets(), cls)(str(data_dir), download=True, **kwargs)
+
+
+@contextlib.contextmanager
+def downloading(name: str, how: str):
+    """What fails within becomes a MissingData, with the other ways of `how`."""
+    try:
+        yield
     except (OSError, RuntimeError, EOFError) as error:
         reason = " ".join(str(error).split())[:200]
-        how = _HOW[name].removeprefix("give --download 1, or ").format(dir=data_dir)
+        how = how.removeprefix("give --download 1, or ")
         raise MissingData(f"{name} cannot be downloaded ({reason}): {how}") from None
 
 

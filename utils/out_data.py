@@ -5,7 +5,9 @@ network was trained on.
 """
 
 import hashlib
+import os
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -15,9 +17,10 @@ from numpy.random import Generator
 
 import params
 from utils.batches import ImageSet
-from utils.data import PLAIN, load_plain
+from utils.data import PLAIN, downloading, load_plain
 from utils.errors import MissingData, UserError, check_name
 from utils.images import list_images, random_crops, read_images, sample_photo, shape_like
+from utils.torchvision_guard import datasets
 
 KNOWN_OUT = (*params.OUT_DATASETS, "Folder", *PLAIN)
 Shape = tuple[int, int]   # channels, size
@@ -26,8 +29,8 @@ FIXED = (*_FILES, *PLAIN)      # images as they are; the others are crops of pho
 _HOW = {
     "TinyImages": "80 Million Tiny Images was withdrawn by its owners in 2020; the field uses --out_dataset "
                   "RandomImages300k instead",
-    "RandomImages300k": "fetch it with: python -c \"from pytorch_ood.dataset.img import TinyImages300k; "
-                        "TinyImages300k(root='{dir}', download=True)\"",
+    "RandomImages300k": "give --download 1, or put 300K_random_images.npy, of the outlier exposure repository "
+                        "(github.com/hendrycks/outlier-exposure), into {dir}",
 }
 
 
@@ -69,7 +72,10 @@ def load_out(name: str, like: ImageSet, data_dir: str | Path, out_dir: str | Pat
     elif name == "Folder":
         images = _folder(out_dir, split, n, shape, rng)
     elif name in _FILES:
-        if not (path := Path(data_dir, _FILES[name])).is_file():
+        path = Path(data_dir, _FILES[name])
+        if download and name == "RandomImages300k" and not path.is_file():
+            _download(path)
+        if not path.is_file():
             raise MissingData(f"{name} needs {path}: {_HOW[name].format(dir=data_dir)}")
         images = (_tiny_images if name == "TinyImages" else _random_images)(path, split, n, shape, rng)
     elif name == like.name:
@@ -101,6 +107,17 @@ def _gather(source: np.ndarray, index: np.ndarray, axes: tuple[int, ...], shape:
         pixels = np.ascontiguousarray(source[index[part]].transpose(axes))
         images[torch.from_numpy(part)] = shape_like(torch.from_numpy(pixels), channels, size)
     return images
+
+
+def _download(path: Path) -> None:
+    """300K Random Images by pytorch-ood, which compares a checksum; whole or not at all."""
+    with downloading("RandomImages300k", _HOW["RandomImages300k"].format(dir=path.parent)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            datasets()      # pytorch-ood imports torchvision
+            from pytorch_ood.dataset.img import TinyImages300k
+            TinyImages300k(folder, download=True)
+            os.replace(Path(folder, path.name), path)
 
 
 def _tiny_images(path: Path, split: str, n: int, shape: Shape, rng: Generator) -> torch.Tensor:
