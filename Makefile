@@ -95,8 +95,10 @@ $(MODELS)/.table1: $(sort $(LABELS:%=$(MODELS)/%.pt) $(MODELS)/CCU.pt) $(call st
 $(MODELS)/%.pt: | $(INSTALLED)
 	$(PY) run_training.py --dataset $(DATASET) $$($(PY) -c 'import model_paths; print(model_paths.options("$*"))') --augm_flag 1 $(if $(filter ODIN% Maha%,$*),,$(addprefix --epochs ,$(EPOCHS))) $(DATA) $(if $(filter $(NO_OUT),$*),,$(OUT)) $(call gpu,$*) --resume 1 $(ACET) $(TRAIN_ARGS)
 
-# those that are there need no mixtures any more, and may be the authors'
-$(filter-out $(wildcard $(MODELS)/*.pt),$(patsubst %,$(MODELS)/%.pt,$(sort CCU CCUs $(filter CCU%,$(LABELS))))): | mixtures
+# those that are there need no mixtures any more, and may be the authors'; what gen_gmm.py has fetched is not fetched by
+# several at once
+WAITING := $(sort CCU CCUs $(if $(findstring --download,$(ARGS)),$(LABELS),$(filter CCU%,$(LABELS))))
+$(filter-out $(wildcard $(MODELS)/*.pt),$(WAITING:%=$(MODELS)/%.pt)): | mixtures
 $(foreach label,$(sort ODIN Maha $(filter ODIN% Maha%,$(LABELS))),\
   $(eval $(MODELS)/$(label).pt: $(MODELS)/$(subst ODIN,Base,$(label:Maha%=Base%)).pt))
 

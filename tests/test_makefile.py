@@ -49,6 +49,11 @@ def test_what_is_missing_is_made_in_order(planned):
     assert all(steps.index(first) < steps.index(then) for first, then in before)
 
 
+def test_one_script_fetches_the_data_before_all_others(planned):
+    assert planned("LABELS=Base CCU")[0][:2] == ["Base", "gen_gmm"]
+    assert planned("LABELS=Base CCU", "ARGS=--download 1")[0][:2] == ["gen_gmm", "Base"]
+
+
 def test_a_model_that_is_there_is_kept_without_its_mixtures(planned):
     """The authors' CCU has none here."""
     assert planned("LABELS=Base CCU", there=["Base", "CCU"])[0] == ["gen_eval", "gen_attack_stats"]
