@@ -68,6 +68,8 @@ $(foreach label,$(filter-out $(KNOWN) $(KNOWN:%=%-seed%),$(LABELS)),$(if $(wildc
   $(error LABELS: unknown label $(label); known: $(KNOWN), with other seeds Base-seed1 and so on)))
 FOLDER := $(if $(DATA_DIR),--data_dir "$(DATA_DIR)")
 DATA := $(FOLDER) $(ARGS)
+# the first script fetches for all, not several at once the same files
+fetching := $(findstring --download,$(ARGS))
 NO_OUT := Base% ACET2% MCD% EDL% DE% GAN%
 OUT := $(addprefix --out_dataset ,$(OUT_DATASET)) $(if $(OUT_DIR),--out_dir "$(OUT_DIR)")
 # as in the demo, ACET's attacks are shortened where everything has to run on a laptop
@@ -88,16 +90,15 @@ $(MODELS)/.table2: $(LABELS:%=$(MODELS)/%.pt) $(call stale,$(TABLE2),$(MODELS)/.
 	$(PY) gen_eval.py --dataset $(DATASET) --drop_mmc 0 $(DATA) $(call gpu,Base) --models $(LABELS) $(EVAL_ARGS) --output $(TABLE2)
 	@echo '$(OF2)' > $@
 
-$(MODELS)/.table1: $(sort $(LABELS:%=$(MODELS)/%.pt) $(MODELS)/CCU.pt) $(call stale,$(TABLE1),$(MODELS)/.table1,$(OF1)) | $(INSTALLED)
+$(MODELS)/.table1: $(sort $(LABELS:%=$(MODELS)/%.pt) $(MODELS)/CCU.pt) $(call stale,$(TABLE1),$(MODELS)/.table1,$(OF1)) | $(INSTALLED) $(if $(fetching),$(MODELS)/.table2)
 	$(PY) gen_attack_stats.py --datasets $(DATASET) --wide_format 1 --fit_out 1 $(DATA) $(call gpu,CCU) --models $(LABELS) --steps $(STEPS) --restarts $(RESTARTS) --resume 1 --output $(TABLE1)
 	@echo '$(OF1)' > $@
 
 $(MODELS)/%.pt: | $(INSTALLED)
 	$(PY) run_training.py --dataset $(DATASET) $$($(PY) -c 'import model_paths; print(model_paths.options("$*"))') --augm_flag 1 $(if $(filter ODIN% Maha%,$*),,$(addprefix --epochs ,$(EPOCHS))) $(DATA) $(if $(filter $(NO_OUT),$*),,$(OUT)) $(call gpu,$*) --resume 1 $(ACET) $(TRAIN_ARGS)
 
-# those that are there need no mixtures any more, and may be the authors'; what gen_gmm.py has fetched is not fetched by
-# several at once
-WAITING := $(sort CCU CCUs $(if $(findstring --download,$(ARGS)),$(LABELS),$(filter CCU%,$(LABELS))))
+# those that are there need no mixtures any more, and may be the authors'
+WAITING := $(sort CCU CCUs $(if $(fetching),$(LABELS),$(filter CCU%,$(LABELS))))
 $(filter-out $(wildcard $(MODELS)/*.pt),$(WAITING:%=$(MODELS)/%.pt)): | mixtures
 $(foreach label,$(sort ODIN Maha $(filter ODIN% Maha%,$(LABELS))),\
   $(eval $(MODELS)/$(label).pt: $(MODELS)/$(subst ODIN,Base,$(label:Maha%=Base%)).pt))

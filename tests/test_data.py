@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import warnings
+from http.client import IncompleteRead
 from pathlib import Path
 
 import numpy as np
@@ -234,6 +235,20 @@ def test_failed_download_is_one_line(tmp_path, monkeypatch):
         with pytest.raises(MissingData, match="Tried somewhere") as error:
             load_in_dist(name, "train", tmp_path, download=True)
         assert "\n" not in str(error.value)
+
+
+def test_svhn_is_fetched_with_its_test_images(tmp_path, monkeypatch):
+    """Scripts that start together later do not fetch these at once."""
+    fetched = []
+
+    class SVHN:
+        def __init__(self, root, split, download=False):
+            fetched.append((split, download))
+            self.data, self.labels = np.zeros((4, 3, 32, 32), np.uint8), np.arange(4)
+
+    monkeypatch.setattr(utils.data, "datasets", lambda: type("module", (), {"SVHN": SVHN}))
+    assert len(load_in_dist("SVHN", "train", tmp_path, download=True)) == 4
+    assert fetched == [("train", True), ("test", True), ("train", False)]
 
 
 def test_cifar_and_svhn(tmp_path, monkeypatch):
@@ -470,25 +485,23 @@ def test_random_images_300k(tmp_path):
 
 
 def test_random_images_300k_are_fetched_whole_or_not_at_all(tmp_path, monkeypatch):
-    datasets()
-    from pytorch_ood.dataset.img import tinyimages
     images, like = RNG.integers(0, 256, (50, 32, 32, 3), dtype=np.uint8), random_set(4, 3, 32)
+    for error in (RuntimeError("File not found or\ncorrupted."), IncompleteRead(b"half")):
+        def broken(url, root, filename, md5, error=error):
+            Path(root, filename).write_bytes(b"half of it")
+            raise error
+        monkeypatch.setattr(datasets().utils, "download_url", broken)
+        with pytest.raises(MissingData, match=r"cannot be downloaded \(.+\): put 300K_random_images.npy"):
+            load_out("RandomImages300k", like, tmp_path / "data", download=True)
+        assert list((tmp_path / "data").iterdir()) == []
 
-    def broken(url, root, md5):
-        Path(root, "300K_random_images.npy").write_bytes(b"half of it")
-        raise RuntimeError("File not found or\ncorrupted.")
-    monkeypatch.setattr(tinyimages, "download_url", broken)
-    with pytest.raises(MissingData, match=r"\(File not found or corrupted.\): put 300K_random_images.npy"):
-        load_out("RandomImages300k", like, tmp_path / "data", download=True)
-    assert list((tmp_path / "data").iterdir()) == []
-
-    def whole(url, root, md5):
+    def whole(url, root, filename, md5):
         assert url.endswith("/300K_random_images.npy") and len(md5) == 32
-        np.save(Path(root, "300K_random_images.npy"), images)
-    monkeypatch.setattr(tinyimages, "download_url", whole)
+        np.save(Path(root, filename), images)
+    monkeypatch.setattr(datasets().utils, "download_url", whole)
     found = load_out("RandomImages300k", like, tmp_path / "data", download=True)
     assert len(found) == 45 and [path.name for path in (tmp_path / "data").iterdir()] == ["300K_random_images.npy"]
-    monkeypatch.setattr(tinyimages, "download_url", broken)     # what is there is not fetched again
+    monkeypatch.setattr(datasets().utils, "download_url", broken)     # what is there is not fetched again
     assert torch.equal(load_out("RandomImages300k", like, tmp_path / "data", download=True).images, found.images)
 
 

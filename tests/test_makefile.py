@@ -49,9 +49,14 @@ def test_what_is_missing_is_made_in_order(planned):
     assert all(steps.index(first) < steps.index(then) for first, then in before)
 
 
-def test_one_script_fetches_the_data_before_all_others(planned):
+def test_one_script_fetches_the_data_before_all_others(planned, folder):
     assert planned("LABELS=Base CCU")[0][:2] == ["Base", "gen_gmm"]
     assert planned("LABELS=Base CCU", "ARGS=--download 1")[0][:2] == ["gen_gmm", "Base"]
+    planned("LABELS=CCU", there=["CCU"])
+    for args, scripts in (("", ["gen_attack_stats"]), ("--download 1", ["gen_eval", "gen_attack_stats"])):
+        run = subprocess.run(["make", "-n", "checkpoints/Digits/.table1", "LABELS=CCU", f"ARGS={args}"], cwd=folder,
+                             text=True, capture_output=True)
+        assert [Path(shlex.split(line)[1]).stem for line in run.stdout.splitlines() if ".py" in line] == scripts
 
 
 def test_a_model_that_is_there_is_kept_without_its_mixtures(planned):

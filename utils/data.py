@@ -9,6 +9,7 @@ import math
 import os
 import struct
 import zlib
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -188,8 +189,10 @@ def _colour(name: str, split: str, data_dir: Path, download: bool) -> ImageSet:
     if root is None and not download:
         raise missing(name, data_dir)
     kwargs = {"split": split} if name == "SVHN" else {"train": split == "train"}
-    if root is None:
-        _download(name, root := data_dir, name, **kwargs)
+    if root is None:        # both parts: scripts that start together later find them
+        root = data_dir
+        for part in ({"split": "train"}, {"split": "test"}) if name == "SVHN" else (kwargs,):
+            _download(name, root, name, **part)
     try:
         data = getattr(datasets(), name)(str(root), **kwargs)
     except (RuntimeError, OSError):
@@ -211,7 +214,7 @@ def downloading(name: str, how: str):
     """What fails within becomes a MissingData, with the other ways of `how`."""
     try:
         yield
-    except (OSError, RuntimeError, EOFError) as error:
+    except (ImportError, OSError, HTTPException, RuntimeError, EOFError) as error:
         reason = " ".join(str(error).split())[:200]
         how = how.removeprefix("give --download 1, or ")
         raise MissingData(f"{name} cannot be downloaded ({reason}): {how}") from None

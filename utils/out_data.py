@@ -110,13 +110,13 @@ def _gather(source: np.ndarray, index: np.ndarray, axes: tuple[int, ...], shape:
 
 
 def _download(path: Path) -> None:
-    """300K Random Images by pytorch-ood, which compares a checksum; whole or not at all."""
+    """300K Random Images from where pytorch-ood has them, with its checksum; whole or not at all."""
     with downloading("RandomImages300k", _HOW["RandomImages300k"].format(dir=path.parent)):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-            datasets()      # pytorch-ood imports torchvision
+            download_url = datasets().utils.download_url        # pytorch-ood imports torchvision
             from pytorch_ood.dataset.img import TinyImages300k
-            TinyImages300k(folder, download=True)
+            download_url(TinyImages300k.url, folder, path.name, TinyImages300k.md5)
             os.replace(Path(folder, path.name), path)
 
 
