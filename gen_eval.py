@@ -63,6 +63,8 @@ def main(args):
         evaluation.warn_near_chance(f"{label} on {args.dataset}", test_errors[label], test.classes)
         for name, data in sets.items():
             _, scores[label, name] = evaluation.evaluate(model, data.to(device), args.batch_size)
+        # not to stdout: who reads it may be gone, and nothing is written yet
+        print(f"{label}: test error {test_errors[label]:.2f} %", file=sys.stderr, flush=True)
 
     metric = ("AP", evaluation.average_precision) if args.aupr else ("AUC", evaluation.auroc)
     made = [(f"{metric[0]}{'' if args.drop_mmc else ' and mean maximal confidence'} (%)",

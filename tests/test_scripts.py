@@ -55,6 +55,8 @@ def test_gen_eval_writes_table_2(work, capsys):
     ood = load_ood("Patches", test, "data", seed=0)
     with torch.no_grad():
         inside, outside = model.score(test.floats()), model.score(ood.floats())
+        wrong = (model(test.floats()).argmax(1) != test.labels).sum().item()
+    assert f"\nBase: test error {100 * wrong / len(test):.2f} %\nCCU: test error " in printed.err
     expected = roc_auc_score([1] * len(inside) + [0] * len(outside), torch.cat((inside, outside)))
     assert table.loc["Patches", "Base"] == pytest.approx(100 * expected, abs=1e-3)
     latex = Path("results/t2.txt").read_text()

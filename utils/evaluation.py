@@ -1,10 +1,12 @@
 """Scores of a model over a data set, and what the tables make of them."""
 
+import math
 import sys
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from models import Detector
 from utils.batches import ImageSet, batches
@@ -23,7 +25,8 @@ def evaluate(model: Detector, data: ImageSet, batch_size: int) -> tuple[Tensor, 
     model.eval()
     own_score = type(model).score is not Detector.score
     log_p, scores = [], []
-    for x, _ in batches(data, batch_size):
+    for x, _ in tqdm(batches(data, batch_size), desc=f"{model.meta.get('label', 'model')} on {data.name}",
+                     total=math.ceil(len(data) / batch_size), leave=False, disable=None):
         log_p.append(model(x))
         scores.append(model.score(x) if own_score else log_p[-1].amax(1))
     log_p, scores = torch.cat(log_p), torch.cat(scores)
