@@ -73,10 +73,10 @@ def load_out(name: str, like: ImageSet, data_dir: str | Path, out_dir: str | Pat
         images = _folder(out_dir, split, n, shape, rng)
     elif name in _FILES:
         path = Path(data_dir, _FILES[name])
-        if download and name == "RandomImages300k" and not path.is_file():
-            _download(path)
         if not path.is_file():
-            raise MissingData(f"{name} needs {path}: {_HOW[name].format(dir=data_dir)}")
+            if not download or name == "TinyImages":
+                raise MissingData(f"{name} needs {path}: {_HOW[name].format(dir=data_dir)}")
+            _download(path)
         images = (_tiny_images if name == "TinyImages" else _random_images)(path, split, n, shape, rng)
     elif name == like.name:
         raise UserError(f"--out_dataset {name} is the in-distribution itself: choose another")
