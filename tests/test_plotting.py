@@ -29,7 +29,7 @@ def attack_backup(n=5, labels=("Base", "MCD"), dataset="Digits"):
             "radii": torch.rand(n, generator=g, dtype=torch.float64), "models": models,
             "meta": {label: {"train_type": "MCD" if label == "MCD" else "plain", "epochs": 7,
                              "score_is_confidence": label != "MCD"} for label in labels},
-            "scores_in": {label: -torch.rand(20, generator=g) for label in labels},
+            "scores_in": {label: -torch.rand(20, generator=g) for label in labels}, "labels_in": torch.arange(20) % 10,
             "record": {"command": "python gen_attack_stats.py"}}
 
 
@@ -86,6 +86,9 @@ def test_worst_cases_show_the_samples_and_what_is_said_of_them():
         assert row[1].get_xlabel() == (f"class {i}\n{100 * base['seed_score'][i].exp():.1f} → "
                                        f"{100 * base['score'][i].exp():.1f} %")
         assert row[2].get_xlabel() == f"class {i}\nscore {mcd['seed_score'][i]:.3g}\n→ {mcd['score'][i]:.3g}"
+    base["score"][3] = torch.tensor(0.1).log()
+    ax = drawn(plotting.worst_cases(backup, [3], ["Base"]))[1]
+    assert ax.get_xlabel() == f"no class\n{100 * base['seed_score'][3].exp():.1f} → 10.0 %"
     with pytest.raises(UserError, match="no seed 5: this attack has the seeds 0 to 4"):
         plotting.worst_cases(backup, [0, 5], ["Base"])
     colour = attack_backup(1, ("Base",)) | {"seeds": torch.rand(1, 3, 4, 4)}

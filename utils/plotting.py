@@ -81,10 +81,10 @@ def two_moons(grids: Mapping[str, tuple[Tensor, Tensor]], x: Tensor, y: Tensor) 
 def worst_cases(backup: dict, rows: Sequence[int], is_confidence: Sequence[str]) -> Figure:
     """Figure 2: for each seed of `rows` the seed, and every method's worst image in the ball around it.
 
-    Above the seed its radius; below an image its predicted class, and the score on the seed -> on the image: the
-    confidence of the methods of `is_confidence`.
+    Below the seed its radius; below an image its predicted class, unless all are equally likely, and the score on the
+    seed -> on the image: the confidence of the methods of `is_confidence`.
     """
-    n = len(backup["seeds"])
+    n, uniform = len(backup["seeds"]), -math.log(backup["labels_in"].max() + 1)
     if missing := [row for row in rows if not 0 <= row < n]:
         raise UserError(f"there is no seed {missing[0]}: this attack has the seeds 0 to {n - 1}")
     columns = ["seed", *backup["models"]]
@@ -94,12 +94,15 @@ def worst_cases(backup: dict, rows: Sequence[int], is_confidence: Sequence[str])
         image(row[0], backup["seeds"][i], f"$R$ = {backup['radii'][i]:.3g}")
         for ax, (label, attacked) in zip(row[1:], backup["models"].items(), strict=True):
             scores = [attacked[key][i].item() for key in ("seed_score", "score")]
+            predicted = f"class {attacked['prediction'][i]}"
             if label in is_confidence:
+                if math.isclose(scores[1], uniform, abs_tol=1e-6):      # up to float32's rounding
+                    predicted = "no class"
                 before, after = (f"{100 * torch.tensor(score).exp():.1f}" for score in scores)
                 text = f"{before} → {after} %"
             else:
                 text = "score {:.3g}\n→ {:.3g}".format(*scores)      # in two lines: -3.91e-05 is long
-            image(ax, attacked["samples"][i], f"class {attacked['prediction'][i]}\n{text}")
+            image(ax, attacked["samples"][i], f"{predicted}\n{text}")
     for ax, title in zip(grid[0], columns, strict=True):
         ax.set_title(title, pad=4)
     return fig
