@@ -43,6 +43,11 @@ def with_confidence(backup: dict) -> list[str]:
     return [label for label, meta in backup["meta"].items() if meta["score_is_confidence"]]
 
 
+def classes(attack: dict) -> int:
+    """Of the data set that was attacked, by the labels of its test set."""
+    return int(attack["labels_in"].max()) + 1
+
+
 def meta_of(models: dict[str, Detector]) -> dict[str, dict]:
     """label -> how the model was made, for a backup."""
     return {label: model.meta | {"score_is_confidence": model.score_is_confidence} for label, model in models.items()}

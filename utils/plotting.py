@@ -78,13 +78,13 @@ def two_moons(grids: Mapping[str, tuple[Tensor, Tensor]], x: Tensor, y: Tensor) 
 
 
 @styled
-def worst_cases(backup: dict, rows: Sequence[int], is_confidence: Sequence[str]) -> Figure:
+def worst_cases(backup: dict, rows: Sequence[int], is_confidence: Sequence[str], classes: int) -> Figure:
     """Figure 2: for each seed of `rows` the seed, and every method's worst image in the ball around it.
 
-    Below the seed its radius; below an image its predicted class, unless all are equally likely, and the score on the
-    seed -> on the image: the confidence of the methods of `is_confidence`.
+    Below the seed its radius; below an image its predicted class, unless all `classes` are equally likely, and the
+    score on the seed -> on the image: the confidence of the methods of `is_confidence`.
     """
-    n, uniform = len(backup["seeds"]), -math.log(backup["labels_in"].max() + 1)
+    n = len(backup["seeds"])
     if missing := [row for row in rows if not 0 <= row < n]:
         raise UserError(f"there is no seed {missing[0]}: this attack has the seeds 0 to {n - 1}")
     columns = ["seed", *backup["models"]]
@@ -96,7 +96,7 @@ def worst_cases(backup: dict, rows: Sequence[int], is_confidence: Sequence[str])
             scores = [attacked[key][i].item() for key in ("seed_score", "score")]
             predicted = f"class {attacked['prediction'][i]}"
             if label in is_confidence:
-                if math.isclose(scores[1], uniform, abs_tol=1e-6):      # up to float32's rounding
+                if math.isclose(scores[1], -math.log(classes), abs_tol=1e-6):      # up to float32's rounding
                     predicted = "no class"
                 before, after = (f"{100 * torch.tensor(score).exp():.1f}" for score in scores)
                 text = f"{before} → {after} %"
