@@ -5,7 +5,7 @@
 #               GMM_ARGS="--PCA 0" for gen_gmm.py, TRAIN_ARGS="--amp 1" for run_training.py, EVAL_ARGS="--ood NAME=FOLDER"
 #               for gen_eval.py
 # make results  write results/README.md and the README's tables from results/
-# make figures [DATASET=D]
+# make figures [DATASET=D] [FIGURE_ARGS="--image_size 64"]
 #               draw what can be drawn of the models and tables that are there: results/figures/
 # make test     the tests           make check   lint, tests and a short demo, as CI runs them
 PYTHON ?= python3
@@ -111,7 +111,7 @@ results: $(INSTALLED)
 	$(PY) gen_results.py
 
 figures: $(INSTALLED)
-	$(PY) gen_figures.py --datasets $(DATASET) $(FOLDER)
+	$(PY) gen_figures.py --datasets $(DATASET) $(FOLDER) $(FIGURE_ARGS)
 
 # --- checks ------------------------------------------------------------------------------------------------------
 

@@ -59,7 +59,7 @@ def main(args):
     jobs = {dataset: prepare(dataset, args, device) for dataset in args.datasets}      # all checks before any work
     files.lock(stem)
     rows, notes, written, finished = {}, [f"command: {records.of(args)['command']}"], [], []
-    for dataset, (models, metric, test, seeds, radii) in jobs.items():
+    for dataset, (models, ccu, test, seeds, radii) in jobs.items():
         if args.models is None:
             name_untrained(dataset)
         if args.radius is None and (zero := int((radii == 0).sum())) > len(radii) / 2:
@@ -71,11 +71,11 @@ def main(args):
         tested = {label: evaluation.evaluate(model, on_device, at_once) for label, model in models.items()}
         chosen = torch.randperm(len(test), generator=torch.Generator().manual_seed(args.seed))[:params.ATTACK_IMAGES]
         images = test.floats(chosen)
-        folders = {label: unit_folder(dataset, label, model, metric, seeds, radii, images, args)
+        folders = {label: unit_folder(dataset, label, model, ccu, seeds, images, args)
                    for label, model in models.items()}
         finished += folders.values()
         parallel.barrier()      # rank 0 has emptied the folders
-        units = attack_all(models, Coordinates(metric), seeds, radii, images, folders, args, device)
+        units = attack_all(models, Coordinates(ccu.gmm_in.metric), seeds, radii, images, folders, args, device)
         if parallel.rank() > 0:
             continue
         result = {label: merge(paths) for label, paths in units.items()}
@@ -98,7 +98,7 @@ def main(args):
             "dataset": dataset, "seeds": seeds, "radii": radii, "models": result,
             "meta": meta_of(models),
             "scores_in": {label: scores_in.cpu() for label, (_, scores_in) in tested.items()},
-            "labels_in": test.labels.cpu()}, backups[dataset]))
+            "labels_in": test.labels.cpu(), "classes": test.classes}, backups[dataset]))
     if parallel.rank() > 0:
         return
     table = layout(rows, args)
@@ -123,24 +123,24 @@ def describe_balls(args, radii) -> str:
 
 
 def prepare(dataset: str, args, device):
-    """Models, metric, test images, seeds [N, C, H, W] and certified radii [N] of one data set."""
+    """Models, the CCU of the balls, test images, seeds [N, C, H, W] and radii [N] of one data set."""
     ball = BALLS[args.fit_out]
     if ball not in (trained := model_paths.trained(dataset)) and "CCU" in trained:
         raise UserError(f"there is no {dataset} model {ball}, whose balls are attacked without --fit_out 1: give it to "
                         f"attack in those of CCU, or make {ball}: {model_paths.command(dataset, ball)}")
     ccu = load_ccu(dataset, ball, device)
-    metric, models = ccu.gmm_in.metric, load_models(dataset, args.models, device)
+    models = load_models(dataset, args.models, device)
     test = load_in_dist(dataset, "test", args.data_dir, args.download, args.image_size)
     check_fit(models | {ball: ccu}, test)
     for label, model in models.items():
-        if args.certify and isinstance(model, CCU) and not model.gmm_in.metric.equals(metric):
+        if args.certify and isinstance(model, CCU) and not model.gmm_in.metric.equals(ccu.gmm_in.metric):
             raise UserError(f"--certify 1: the metrics of {label} and {ball} differ; leave {label} out of --models")
     seeds = make_seeds(args, dataset, test)
     if args.radius is not None:
         radii = torch.full((len(seeds),), args.radius, dtype=torch.float64)
     else:
         radii = parallel.broadcast(certified_radius(ccu, seeds.to(device), params.RATIO, args.certificate).cpu())
-    return models, metric, test, seeds, radii
+    return models, ccu, test, seeds, radii
 
 
 def make_seeds(args, dataset: str, test) -> torch.Tensor:
@@ -210,11 +210,14 @@ def merge(paths) -> dict:
     return {key: torch.cat([unit[key] for unit in units]) for key in units[0]}
 
 
-def unit_folder(dataset, label, model, metric, seeds, radii, images, args):
-    """Where a model's finished batches are kept: named after all that decides them, emptied unless --resume 1."""
+def unit_folder(dataset, label, model, ccu, seeds, images, args):
+    """Where a model's finished batches are kept: named after all that decides them, emptied unless --resume 1.
+
+    The radii stand there as what they come from: their last digits differ on another machine or number of threads.
+    """
     folder = model_paths.attack_units(dataset, label, files.digest(
-        FORMAT, dataset, label, args.steps, args.restarts, args.alpha, args.batch_size, args.seed, seeds, radii, images,
-        metric, model))
+        FORMAT, dataset, label, args.steps, args.restarts, args.alpha, args.batch_size, args.seed, seeds, images, model,
+        ccu, args.radius, args.certificate, params.RATIO))
     files.lock(folder)
     if folder.exists() and not args.resume and parallel.rank() == 0:
         shutil.rmtree(folder)

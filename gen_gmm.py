@@ -51,7 +51,7 @@ def main(args):
                    "seed": args.seed, "images": [len(data), len(out)], "shape": list(data.images.shape[1:]),
                    "reg_covar": args.reg_covar, "augm_flag": args.augm_flag}
         files.lock(path)
-        if args.resume and path.exists() and made_with(options, path):
+        if args.resume and path.exists() and made_with(options, path) and not any(map(Path.exists, states_of(path))):
             print(f"{path} is there")
         else:
             jobs[path] = options
@@ -65,8 +65,7 @@ def main(args):
     for path, options in jobs.items():
         start, n = time.monotonic(), options["n"]
         # coordinates along the metric's components have other signs on another device
-        states = [State(model_paths.em_state(path, which), options | {"device": device.type}, args.resume)
-                  for which in ("in", "out")]
+        states = [State(state, options | {"device": device.type}, args.resume) for state in states_of(path)]
         (gmm_in, fit_in), (gmm_out, fit_out) = (
             fit_gmm(images, metric, n, args.reg_covar, args.seed, progress(which, n, args.verbose), state)
             for which, images, state in zip(("in", "out"), (z, z_out), states, strict=True))
@@ -85,6 +84,11 @@ def main(args):
         print(f"n = {n}: in-variance {meta['variances'][0]:.4g} (log-likelihood {meta['log_likelihoods'][0]:.1f} per "
               f"image of {len(z)}), out-variance {meta['variances'][1]:.4g} ({meta['log_likelihoods'][1]:.1f}, "
               f"{len(z_out)} of {out_name}), {meta['seconds']:.1f} s\nwrote {path}")
+
+
+def states_of(path: Path) -> list[Path]:
+    """Of the fits at `path`; a run that was killed may have left them beside the mixtures that it wrote."""
+    return [model_paths.em_state(path, which) for which in ("in", "out")]
 
 
 def check_enough(n: list[int], images: ImageSet) -> None:

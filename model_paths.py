@@ -90,7 +90,7 @@ def em_state(mixtures: Path, which: str) -> Path:
 
 def trained(dataset: str) -> dict[str, Path]:
     """label -> file of the models that exist: those of the tables in their order, then all others."""
-    found = {path.stem: path for path in sorted((CHECKPOINTS / dataset).glob("*.pt"))}
+    found = {path.stem: path for path in sorted((CHECKPOINTS / dataset).glob("[!.]*.pt"))}
     return {name: found[name] for name in [*LABELS, *found] if name in found}
 
 

@@ -9,6 +9,7 @@ from PIL import Image
 
 import gen_gmm
 from utils.files import load_mixtures, load_model
+from utils.images import list_images, read_images
 from utils.out_data import load_out
 
 COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (210, 50, 40)}
@@ -86,6 +87,15 @@ def test_a_broken_image_is_named_and_left_out(in_folder, capsys):
     captured = capsys.readouterr()
     assert "1 of 301 images cannot be read and are left out: images/train/red/broken.png" in captured.err
     assert "per image of 300" in captured.out
+
+
+def test_a_link_that_leads_nowhere_is_named_and_left_out(tmp_path, capsys):
+    write_images(tmp_path, 2, {"red": COLOURS["red"]}, 0)
+    (tmp_path / "red" / "gone.png").symlink_to(tmp_path / "nothing.png")
+    (tmp_path / "red" / "loop.png").symlink_to(tmp_path / "red" / "loop.png")
+    images, kept = read_images(list_images(tmp_path), 3, 8)
+    assert kept.tolist() == [True, True, False, False] and len(images) == 2
+    assert "2 of 4 images cannot be read and are left out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command, culprit", [

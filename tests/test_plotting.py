@@ -77,6 +77,7 @@ def test_confidences_are_counted_from_uniform_to_certain():
 def test_worst_cases_show_the_samples_and_what_is_said_of_them():
     backup = attack_backup()
     assert (classes := backups.classes(backup)) == 10
+    assert backups.classes(backup | {"classes": 12}) == 12      # some without a test image
     axes = np.array(drawn(plotting.worst_cases(backup, [3, 1], backups.with_confidence(backup), classes))).reshape(2, 3)
     for row, i in zip(axes, (3, 1), strict=True):
         shown = [ax.images[0].get_array() for ax in row]

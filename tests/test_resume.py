@@ -13,7 +13,7 @@ import gen_gmm
 import model_paths
 import params
 import run_training
-from utils import files, load_model, save_model, tables
+from utils import files, load_model, save_model, state, tables
 from utils.backups import ATTACK
 from utils.out_data import load_out
 
@@ -32,13 +32,18 @@ def test_a_killed_attack_keeps_batches_of_the_same_options_and_weights_alone(wor
         return [call.kind for call in attacks]
     assert attacked("--models Base") == ["Softmax", "Softmax"]
     assert attacked() == ["CCU", "CCU"] and attacked() == []        # a label more costs its own batches alone
-    for changes in ("--steps 6", "--restarts 3", "--alpha 2", "--seed 1", "--batch_size 3", "--radius 2"):
+    for changes in ("--steps 6", "--restarts 3", "--alpha 2", "--seed 1", "--batch_size 3", "--radius 2",
+                    "--certificate tight"):
         assert len(attacked(changes)) == 4, changes
     assert attacked() == []
     base = load_model("checkpoints/Digits/Base.pt")
     base.base_model.fc2.bias.data[0] += 1e-3
     save_model(base, "checkpoints/Digits/Base.pt")
     assert attacked() == ["Softmax", "Softmax"]
+    ccu = load_model("checkpoints/Digits/CCU.pt")
+    ccu.gmm_out.logvar.data += 1e-3                                 # its balls are everybody's
+    save_model(ccu, "checkpoints/Digits/CCU.pt")
+    assert len(attacked()) == 4
     files.save({"format": ATTACK, "seeds": torch.rand(6, 1, 28, 28)}, "seeds.pt")
     assert len(attacked()) == 4
     assert len(attacked("--resume 0")) == 4
@@ -59,6 +64,8 @@ def test_a_killed_attack_keeps_the_batches_that_it_finished(work, attacks, monke
         with pytest.raises(SystemExit) as stop:
             run_script(command)
     assert stop.value.code == 130 and len(attacks) == 2 and not Path("t.csv").exists()
+    exact = gen_attack_stats.certified_radius       # another machine's last digits differ
+    monkeypatch.setattr(gen_attack_stats, "certified_radius", lambda *args: exact(*args) * (1 - 1e-13))
     run_script(command)
     assert len(attacks) == 4 and Path("t.csv").exists()
 
@@ -92,6 +99,27 @@ def test_mixtures_of_other_options_are_fitted_again(tmp_path, monkeypatch):
         assert fitted(changes) == 2 and fitted(changes) == 0, changes
     gmms = files.load_mixtures(next(Path("checkpoints/Digits/gmm").glob("*.pt")), "")[:2]
     assert all((gmm.logvar.exp() >= 0.5).all() for gmm in gmms)
+
+
+def test_mixtures_of_a_run_that_was_killed_when_it_had_written_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gen_gmm, "load_out", lambda *args, **options: load_out(*args, **options | {"n": 60}))
+    monkeypatch.setattr(state, "SAVE_EVERY", 0.0)
+    command = "gen_gmm.py --dataset Digits --PCA 0 --n 2 --data_used 50 --resume 1"
+
+    def folder():
+        return {path.name: path.read_bytes() for path in Path("checkpoints/Digits/gmm").iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(state.State, "remove", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(SystemExit):
+            run_script(command)
+    mixtures, = (name for name in folder() if name.endswith(".pt"))
+    assert len(folder()) == 3
+    before = files.load_mixtures(Path("checkpoints/Digits/gmm", mixtures), "")
+    run_script(command)
+    assert list(folder()) == [mixtures]
+    for one, other in zip(before[:2], files.load_mixtures(Path("checkpoints/Digits/gmm", mixtures), ""), strict=False):
+        torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=0, atol=0)
 
 
 def test_mixtures_are_fitted_on_as_many_images_as_the_published_code_takes(tmp_path, monkeypatch, capsys):

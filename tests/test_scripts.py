@@ -46,6 +46,7 @@ def test_help_answers_without_data_or_gpu(tmp_path):
 
 
 def test_gen_eval_writes_table_2(work, capsys):
+    Path("checkpoints/Digits/._Base.pt").write_bytes(b"what a Mac leaves beside Base.pt")
     run_script("gen_eval.py --dataset Digits --drop_mmc 1 --output results/t2")
     printed = capsys.readouterr()
     table = pd.read_csv("results/t2.csv", index_col=0)
@@ -86,7 +87,7 @@ def test_gen_attack_stats_writes_table_1_and_its_backup(work, capsys):
     backup = files.load("results/backup/t1_Digits.pt", ATTACK)
     ccu, radii = load_model("checkpoints/Digits/CCU.pt"), backup["radii"]
     metric = ccu.double().gmm_in.metric
-    assert backup["seeds"].shape == (10, 1, 28, 28) and (radii > 0).all()
+    assert backup["classes"] == 10 and backup["seeds"].shape == (10, 1, 28, 28) and (radii > 0).all()
     for label, attacked in backup["models"].items():
         x = attacked["samples"].double()
         distance = (metric.transform(x) - metric.transform(backup["seeds"].double())).norm(dim=1)

@@ -44,8 +44,8 @@ def with_confidence(backup: dict) -> list[str]:
 
 
 def classes(attack: dict) -> int:
-    """Of the data set that was attacked, by the labels of its test set."""
-    return int(attack["labels_in"].max()) + 1
+    """Of the data set that was attacked; an older backup has no more than the labels of its test set."""
+    return attack.get("classes", int(attack["labels_in"].max()) + 1)
 
 
 def meta_of(models: dict[str, Detector]) -> dict[str, dict]:

@@ -73,7 +73,8 @@ def read_images(paths: Sequence[Path], channels: int, size: int, crops: Sequence
             bad.append(i)
 
     # decoding big images runs beside Python, small ones only get into each other's way
-    big = np.mean([path.stat().st_size for path in paths[::max(1, len(paths) // 100)]]) > 2**15
+    some = paths[::max(1, len(paths) // 100)]
+    big = np.mean([path.stat().st_size if path.exists() else 0 for path in some]) > 2**15   # a link may lead nowhere
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1) if big else 1) as pool:
         done = pool.map(read, range(len(paths))) if big else map(read, range(len(paths)))
         for _ in tqdm(done, total=len(paths), desc=what, unit="image", disable=None):
