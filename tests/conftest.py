@@ -5,7 +5,9 @@ import shutil
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from PIL import Image
 
 COMMANDS = [
     "gen_gmm.py --dataset Digits --PCA 1 --augm_flag 1 --n 10 --data_used 600",
@@ -13,6 +15,7 @@ COMMANDS = [
     "run_training.py --dataset Digits --train_type CEDA_GMM --augm_flag 1 --use_gmm 1 --PCA 1 --fit_out 1 --n 10 "
     "--epochs 3",
 ]
+COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (210, 50, 40)}
 
 
 def run_script(command: str):
@@ -28,6 +31,18 @@ def run_script(command: str):
         return cli.run(script.main, parser)
     finally:
         sys.argv = saved
+
+
+def write_images(root, n, colours, seed, mode="RGB"):
+    """n noisy images a class, of sizes that differ, most of them not square."""
+    rng = np.random.default_rng(seed)
+    for name, colour in colours.items():
+        folder = root / name
+        folder.mkdir(parents=True)
+        for i in range(n):
+            height, width = rng.integers(8, 14, 2)
+            pixels = np.clip(rng.normal(0, 30, (height, width, 3)) + colour, 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).convert(mode).save(folder / f"{i}.png")
 
 
 def killed(monkeypatch, run, command: str):

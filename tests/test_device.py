@@ -9,7 +9,7 @@ from pathlib import Path
 import pretend_gpu
 import pytest
 import torch
-from conftest import run_script
+from conftest import COLOURS, run_script, write_images
 from torch.utils import backend_registration
 
 from models import PCAMetric, Softmax, build_classifier
@@ -72,10 +72,26 @@ def test_tables_attack_and_calibration_keep_to_the_device(pretended):
     waits = pretended(
         f"{CCU} --batch_size 90", f"{TRAIN} --train_type DE --members 2 --batch_size 90",
         f"{TRAIN} --train_type Maha --batch_size 100", f"{TRAIN} --train_type MCD --batch_size 90",
-        "gen_eval.py --dataset Digits --models Base CCU MCD DE Maha --certify 1",
+        f"{TRAIN} --train_type ODIN --batch_size 100",
+        "gen_eval.py --dataset Digits --models Base CCU MCD DE Maha ODIN --certify 1",
         *(f"gen_attack_stats.py --datasets Digits --fit_out 1 --batches 1 --batch_size 4 --restarts 2 --certify 1 "
           f"--models Base CCU Maha --steps {steps}" for steps in (2, 5)))
     assert waits[-2] == waits[-1]           # not once a step
+
+
+def test_colour_images_keep_to_the_device(pretended):
+    """Also ResNet18, and edges that are padded by reflection."""
+    write_images(pretended.folder / "images" / "train", 40, COLOURS, 0)
+    write_images(pretended.folder / "images" / "test", 8, COLOURS, 1)
+    data = "--dataset Folder --data_dir images --image_size 8 --gpu 0"
+    train = f"run_training.py {data} --augm_flag 1 --n 5 --epochs 1 --train_type"
+    waits = pretended(f"gen_gmm.py {data} --PCA 0 --n 5 --augm_flag 1",
+                      *(f"{train} {train_type} --PCA 0 --batch_size {size}"
+                        for train_type in ("plain", "CEDA_GMM --fit_out 1") for size in (60, 30)),
+                      f"gen_eval.py {data} --batch_size 10",
+                      "gen_attack_stats.py --datasets Folder --data_dir images --image_size 8 --fit_out 1 --batches 1 "
+                      "--batch_size 4 --restarts 1 --steps 2 --gpu 0")
+    assert waits[1] == waits[2] and waits[3] == waits[4]
 
 
 @pytest.fixture

@@ -1,31 +1,16 @@
 """--dataset Folder: the user's own images through every script."""
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import run_script
-from PIL import Image
+from conftest import COLOURS, run_script, write_images
 
 import gen_gmm
 from utils.files import load_mixtures, load_model
 from utils.images import list_images, read_images
 from utils.out_data import load_out
 
-COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (210, 50, 40)}
 DATA = "--dataset Folder --data_dir images --image_size 8"
-
-
-def write_images(root, n, colours, seed, mode="RGB"):
-    """n noisy images a class, of sizes that differ, most of them not square."""
-    rng = np.random.default_rng(seed)
-    for name, colour in colours.items():
-        folder = root / name
-        folder.mkdir(parents=True)
-        for i in range(n):
-            height, width = rng.integers(8, 14, 2)
-            pixels = np.clip(rng.normal(0, 30, (height, width, 3)) + colour, 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).convert(mode).save(folder / f"{i}.png")
 
 
 def refusal(command, capsys):
