@@ -51,7 +51,7 @@ def main(args):
                    "seed": args.seed, "images": [len(data), len(out)], "shape": list(data.images.shape[1:]),
                    "reg_covar": args.reg_covar, "augm_flag": args.augm_flag}
         files.lock(path)
-        if args.resume and path.exists() and made_with(options, path) and not any(map(Path.exists, states_of(path))):
+        if args.resume and is_there(options, path):
             print(f"{path} is there")
         else:
             jobs[path] = options
@@ -65,7 +65,7 @@ def main(args):
     for path, options in jobs.items():
         start, n = time.monotonic(), options["n"]
         # coordinates along the metric's components have other signs on another device
-        states = [State(state, options | {"device": device.type}, args.resume) for state in states_of(path)]
+        states = [State(state, options | {"device": device.type}, args.resume) for state in model_paths.em_states(path)]
         (gmm_in, fit_in), (gmm_out, fit_out) = (
             fit_gmm(images, metric, n, args.reg_covar, args.seed, progress(which, n, args.verbose), state)
             for which, images, state in zip(("in", "out"), (z, z_out), states, strict=True))
@@ -86,20 +86,17 @@ def main(args):
               f"{len(z_out)} of {out_name}), {meta['seconds']:.1f} s\nwrote {path}")
 
 
-def states_of(path: Path) -> list[Path]:
-    """Of the fits at `path`; a run that was killed may have left them beside the mixtures that it wrote."""
-    return [model_paths.em_state(path, which) for which in ("in", "out")]
-
-
 def check_enough(n: list[int], images: ImageSet) -> None:
     if max(n) > len(images):
         raise UserError(f"--n {max(n)}: {images.name} has {len(images)} images; choose fewer centroids")
 
 
-def made_with(options: dict, path: Path) -> bool:
-    """Whether the mixtures at `path` are those that these options give."""
+def is_there(options: dict, path: Path) -> bool:
+    """Whether the mixtures are finished: fitted with these options, and no state left by a run that was killed."""
+    if not path.exists():
+        return False
     meta = files.load_mixtures(path, "start without --resume")[2]
-    return meta | options == meta
+    return meta | options == meta and not any(state.exists() for state in model_paths.em_states(path))
 
 
 def one_pass(images: ImageSet, augmentation: Augmentation | None, seed: int) -> torch.Tensor:

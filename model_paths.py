@@ -83,9 +83,9 @@ def mixtures(dataset: str, metric: str, n: int, out_dataset: str) -> Path:
     return CHECKPOINTS / dataset / "gmm" / f"{metric}_n{n}_{out_dataset}.pt"
 
 
-def em_state(mixtures: Path, which: str) -> Path:
-    """What --resume 1 continues the fit of the "in" or the "out" mixture from."""
-    return mixtures.with_suffix(f".{which}.state")
+def em_states(mixtures: Path) -> list[Path]:
+    """What --resume 1 continues the fits of the in- and of the out-mixture from."""
+    return [mixtures.with_suffix(f".{which}.state") for which in ("in", "out")]
 
 
 def trained(dataset: str) -> dict[str, Path]:

@@ -84,9 +84,14 @@ def test_certify_refuses_a_model_of_another_metric(part, work, attacks, capsys):
     run_script(command + " --certify 0")
 
 
-def test_mixtures_of_other_options_are_fitted_again(tmp_path, monkeypatch):
+@pytest.fixture
+def empty(tmp_path, monkeypatch):
+    """A folder to fit mixtures in, on few out-images."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(gen_gmm, "load_out", lambda *args, **options: load_out(*args, **options | {"n": 60}))
+
+
+def test_mixtures_of_other_options_are_fitted_again(empty, monkeypatch):
     fit, calls = gen_gmm.fit_gmm, []
     monkeypatch.setattr(gen_gmm, "fit_gmm", lambda *args: (calls.append(1), fit(*args))[1])
 
@@ -101,9 +106,7 @@ def test_mixtures_of_other_options_are_fitted_again(tmp_path, monkeypatch):
     assert all((gmm.logvar.exp() >= 0.5).all() for gmm in gmms)
 
 
-def test_mixtures_of_a_run_that_was_killed_when_it_had_written_them(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(gen_gmm, "load_out", lambda *args, **options: load_out(*args, **options | {"n": 60}))
+def test_mixtures_of_a_run_that_was_killed_when_it_had_written_them(empty, monkeypatch):
     monkeypatch.setattr(state, "SAVE_EVERY", 0.0)
     command = "gen_gmm.py --dataset Digits --PCA 0 --n 2 --data_used 50 --resume 1"
 
@@ -122,11 +125,9 @@ def test_mixtures_of_a_run_that_was_killed_when_it_had_written_them(tmp_path, mo
         torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=0, atol=0)
 
 
-def test_mixtures_are_fitted_on_as_many_images_as_the_published_code_takes(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_mixtures_are_fitted_on_as_many_images_as_the_published_code_takes(empty, monkeypatch, capsys):
     few = replace(params.DATASETS["Digits"], fit_images=300)
     monkeypatch.setitem(params.DATASETS, "Digits", few)
-    monkeypatch.setattr(gen_gmm, "load_out", lambda *args, **options: load_out(*args, **options | {"n": 60}))
     for options, used in (("", 300), ("--data_used 400", 400), ("--data_used 1437", 1437)):
         run_script(f"gen_gmm.py --dataset Digits --PCA 0 --n 2 {options}")
         assert f"per image of {used})" in capsys.readouterr().out
