@@ -56,11 +56,11 @@ def main(args):
         name_untrained(args.dataset)
     on_device = test.to(device)
 
-    scores, test_errors = {}, {}
+    scores, test_errors, doubts = {}, {}, []
     for label, model in models.items():
         log_p, scores[label, "orig"] = evaluation.evaluate(model, on_device, args.batch_size)
         test_errors[label] = evaluation.test_error(log_p, on_device.labels)
-        evaluation.warn_near_chance(f"{label} on {args.dataset}", test_errors[label], test.classes)
+        doubts += evaluation.warn_near_chance(args.dataset, label, test_errors[label], test.classes)
         for name, data in sets.items():
             _, scores[label, name] = evaluation.evaluate(model, data.to(device), args.batch_size)
         # not to stdout: who reads it may be gone, and nothing is written yet
@@ -76,7 +76,7 @@ def main(args):
     record = records.of(args)
     notes = [f"command: {record['command']}",
              "test error (%): " + ", ".join(f"{label} {error:.2f}" for label, error in test_errors.items()),
-             *tables.model_notes(models), "average precision and FPR at 95 % TPR: OOD is the positive class"]
+             *doubts, *tables.model_notes(models), "average precision and FPR at 95 % TPR: OOD is the positive class"]
     written = []
     for each, (title, table) in zip(stems, made, strict=True):
         written += tables.write(table, each, f"Table 2, {args.dataset}: {title}", notes)

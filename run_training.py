@@ -95,7 +95,7 @@ def main(args):
         return
     log_p, _ = evaluate(model.eval(), test, args.batch_size)
     error = test_error(log_p, test.labels)
-    warn_near_chance(f"{label} on {args.dataset}", error, test.classes)
+    warn_near_chance(args.dataset, label, error, test.classes)
     meta = {"dataset": args.dataset, "label": label, "train_type": args.train_type, "out_dataset": out_name,
             "epochs": args.epochs, "seed": args.seed, "augm_flag": args.augm_flag, "amp": args.amp, "test_error": error,
             "mixtures": mixtures and mixtures[2], "class_names": list(data.class_names), "steps": args.steps,

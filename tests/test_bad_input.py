@@ -20,7 +20,7 @@ from PIL import Image
 
 import utils.evaluation
 from models import CCU, GMM, LeNet, PCAMetric, Softmax
-from utils import backups, cli, files
+from utils import backups, cli, files, tables
 from utils.data import load_in_dist, read_idx
 from utils.errors import UserError
 from utils.images import list_images, read_images
@@ -719,12 +719,12 @@ def test_a_test_error_near_chance_is_named(work, capsys, monkeypatch):
     assert not warned(capsys, "test error")
     SILENT()
     run_script(f"{EVAL} --models Base --output t")
-    assert warned(capsys, "Base on Digits", "test error of 9", "guessing has 90.0 %")
+    assert warned(capsys, "Digits: Base", "test error of 9", "guessing has 90.0 %")
+    assert any("guessing has 90.0 %" in note for note in tables.notes("t"))
     monkeypatch.setattr("run_training.train", lambda *args: [])
     run_script(f"{TRAIN} EDL")
-    assert warned(capsys, "EDL on Digits", "test error") and Path("checkpoints/Digits/EDL.pt").exists()
-    utils.evaluation.warn_near_chance("x", 40.0, 2)
-    assert not warned(capsys, "x")
+    assert warned(capsys, "Digits: EDL", "test error") and Path("checkpoints/Digits/EDL.pt").exists()
+    assert not utils.evaluation.warn_near_chance("x", "y", 40.0, 2) and not warned(capsys, "x")
 
 
 def test_a_batch_too_small_for_a_batch_norm_is_named(tmp_path, capsys, monkeypatch):

@@ -34,7 +34,7 @@ def folder(tmp_path, monkeypatch):
               "MNIST,SR,100,100,100,100,100"]
     Path("results/table1_MNIST.csv").write_text("\n".join([*table1, ""]))
     Path("results/table1_MNIST.txt").write_text("% t\n% command: python gen_attack_stats.py X\n% MNIST: seeds: noise\n")
-    Path("results/table2_MNIST.txt").write_text("% t\n% command: python gen_eval.py Y\n")
+    Path("results/table2_MNIST.txt").write_text("% t\n% command: python gen_eval.py Y\n% MNIST: MCD learnt nothing\n")
     runs = {label: {"options": {"amp": True, "members": 5}, "train_type": "plain", "epochs": 7, "seed": 3,
                     "arch": "LeNet", "seconds": 90.0, "threads": 1, "processor": "Abacus", "gpu": None,
                     "test_error": 0.5 + i / 10}
@@ -66,7 +66,7 @@ def test_seeds_become_mean_and_deviation_beside_the_authors(folder, monkeypatch)
     assert "| AUC Uniform | 95.87 ± 0.71 / 91.80 (+4.07) | 97.25 / 100.00 (-2.75) |\n" in text
     assert "nan" not in text and "| adversarial noise MMC | 99.00 ± 1.00 / 99.97 (-0.97) | – / 95.98 |" in text
     for said in ("Base, Base-seed1, Base-seed2, CEDA: 7 epochs, bf16, seed 3.", "MCD: elsewhere.",
-                 "Abacus, 1 thread", "Base 1.5", "Attack: seeds: noise",
+                 "Abacus, 1 thread", "Base 1.5", "\nAttack: seeds: noise.\nMCD learnt nothing.\n",
                  " python gen_eval.py Y\n", " python gen_attack_stats.py X\n"):
         assert said in text
     short = re.sub(" +", " ", first)

@@ -41,12 +41,15 @@ def test_error(log_p: Tensor, labels: Tensor) -> float:
     return 100 * (log_p.argmax(1) != labels).double().mean().item()
 
 
-def warn_near_chance(what: str, error: float, classes: int) -> None:
-    """A line on stderr where a test error (%) is hardly better than that of guessing."""
+def warn_near_chance(dataset: str, label: str, error: float, classes: int) -> list[str]:
+    """A line where a test error (%) is hardly better than that of guessing: on stderr, and for a table's notes."""
     chance = 100 * (1 - 1 / classes)
-    if error > 0.9 * chance:
-        print(f"warning: {what} has a test error of {error:.1f} %, guessing has {chance:.1f} %: is the model trained, "
-              "and for these images?", file=sys.stderr)
+    if error <= 0.9 * chance:
+        return []
+    note = (f"{dataset}: {label} has a test error of {error:.1f} %, guessing has {chance:.1f} %: it has learnt "
+            "nothing, or from other images")
+    print(f"warning: {note}", file=sys.stderr)
+    return [note]
 
 
 def mmc(scores: Tensor) -> float:
