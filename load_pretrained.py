@@ -90,7 +90,7 @@ def agree(key: str, value: torch.Tensor, expected: torch.Tensor, atol: float = 0
 
 def parser() -> cli.Parser:
     p = cli.Parser(__doc__).dataset().common()
-    p.add_argument("--pretrained", required=True, metavar="FILE", help="the authors' state dict (.pt)")
+    p.add_argument("--pretrained", type=cli.path, required=True, metavar="FILE", help="the authors' state dict (.pt)")
     p.add_argument("--label", type=cli.name, default="CCU", help="label in the tables (CCU)")
     p.add_argument("--overwrite", type=cli.flag, default=False, help="1 = replace an existing checkpoint (0)")
     return p

@@ -1,6 +1,7 @@
 """The command line: one parser for flags, one way to fail, one choice of device."""
 
 import argparse
+import contextlib
 import ctypes
 import errno
 import os
@@ -69,7 +70,7 @@ class Parser(argparse.ArgumentParser):
         return self.data_dir()
 
     def data_dir(self) -> "Parser":
-        self.shared.add_argument("--data_dir", default="data", help="where the data sets are (data)")
+        self.shared.add_argument("--data_dir", type=path, default="data", help="where the data sets are (data)")
         return self
 
     def dataset(self) -> "Parser":
@@ -123,6 +124,17 @@ def name(text: str) -> str:
     """argparse type: a name that is a file's too."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is no name: letters, digits and _ . + - only")
+    return text
+
+
+def path(text: str) -> str:
+    """argparse type: a path, whether or not anything is there; from Python 3.14 on pathlib takes one that cannot be
+    looked at, too long or not permitted, for one where nothing is."""
+    try:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.stat(text)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error.strerror}") from None
     return text
 
 
