@@ -119,11 +119,16 @@ def ood_sets(args, test) -> dict:
 def warn_overlap(models, sets, test, args) -> None:
     """Lines on stderr for OOD sets that a model was trained to be uncertain on, or that share images with those, or
     with the in-distribution's test images."""
+    learnt: dict[tuple[str, str], list[str]] = {}       # out-images, OOD set -> labels
+    for label, model in models.items():
+        out, photos = model.meta.get("out_dataset"), model.meta.get("out_dir")
+        for name in (name for name in sets if name in (out, f"Gray{out}")):
+            learnt.setdefault((out, name), []).append(label)
+        for name in (name for name, folder in args.ood if out == "Folder" and photos and one_holds(folder, photos)):
+            learnt.setdefault((f"photos in {photos}", name), []).append(label)
+    for (out, name), labels in learnt.items():
+        print(f"warning: {', '.join(labels)} learnt from {out}: {name} is not OOD to them", file=sys.stderr)
     trained = {model.meta.get("out_dataset") for model in models.values()}
-    for out in trained:
-        if twins := [name for name in sets if name in (out, f"Gray{out}")]:
-            labels = [label for label, model in models.items() if model.meta.get("out_dataset") == out]
-            print(f"warning: {', '.join(labels)} learnt from {out}: {twins[0]} is not OOD to them", file=sys.stderr)
     hashes = {args.dataset: set(map(hash, image_bytes(test)))}
     for name in trained.intersection(FIXED) - {"TinyImages"}:     # of which a draw takes long; CIFAR's have their list
         with contextlib.suppress(UserError):        # not on this machine
@@ -134,6 +139,12 @@ def warn_overlap(models, sets, test, args) -> None:
         for what, others in hashes.items():
             if same := sum(image in others for image in own):
                 print(f"warning: {same} of {len(own)} images of {name} are among those of {what}", file=sys.stderr)
+
+
+def one_holds(a: str, b: str) -> bool:
+    """Whether one of two folders is the other or lies in it."""
+    a, b = Path(a).resolve(), Path(b).resolve()
+    return a.is_relative_to(b) or b.is_relative_to(a)
 
 
 def image_bytes(data):

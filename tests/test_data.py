@@ -319,7 +319,8 @@ def test_folder_dataset(tmp_path, capsys):
     assert train.labels.tolist() == [0, 0, 0, 1, 1, 2, 2, 2] and train.classes == test.classes == 3
     assert test.labels.tolist() == [1, 1, 1, 2, 2, 2] and test.images.shape == (6, 3, 16, 16)
     warning = capsys.readouterr().err
-    assert warning.count("\n") == 1 and "1 of 9" in warning and "001.png" in warning
+    assert warning.count("\n") == 2 and "1 of 9" in warning and "001.png" in warning
+    assert f"warning: {tmp_path}/test has no images of cat: " in warning
     with Image.open(tmp_path / "train/cat/000.png") as image:   # 50 x 40: shorter side to 16, then the centre
         slow = image.resize((20, 16), Image.Resampling.BILINEAR).crop((2, 0, 18, 16))
     assert np.abs(train.images[0].permute(1, 2, 0).numpy().astype(int) - np.asarray(slow)).max() <= 1
@@ -332,6 +333,23 @@ def test_grey_folder(tmp_path):
     assert train.images.shape == test.images.shape == (6, 1, 32, 32)
     with Image.open(tmp_path / "train/a/000.png") as image:
         assert np.array_equal(train.images[0, 0], np.asarray(image))
+
+
+def test_grey_is_what_has_no_colour_however_it_is_stored(tmp_path):
+    write_classes(tmp_path, "train", "ab", mode="L", size=(32, 32))
+    write_classes(tmp_path, "test", "ab", mode="L", size=(32, 32))
+    with Image.open(tmp_path / "train/a/000.png") as image:
+        grey = image.copy()
+    grey.save(tmp_path / "train/a/x.gif")       # Pillow reads a palette
+    grey.quantize(8).save(tmp_path / "train/a/y.png")
+    grey.convert("RGB").save(tmp_path / "train/a/z.jpg")
+    grey.convert("RGBA").save(tmp_path / "train/b/z.png")
+    assert load_in_dist("Folder", "train", tmp_path).images.shape == (10, 1, 32, 32)
+    colour = grey.convert("RGB")
+    colour.putpixel((3, 4), (10, 10, 11))
+    colour.save(tmp_path / "train/b/zz.png")
+    assert load_in_dist("Folder", "train", tmp_path).images.shape == (11, 3, 32, 32)
+    assert load_in_dist("Folder", "test", tmp_path).images.shape == (6, 3, 32, 32)
 
 
 def test_folder_errors(tmp_path):

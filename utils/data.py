@@ -8,6 +8,7 @@ import gzip
 import math
 import os
 import struct
+import sys
 import zlib
 from http.client import HTTPException
 from pathlib import Path
@@ -55,7 +56,8 @@ def load_in_dist(name: str, split: str, data_dir: str | Path, download: bool = F
                  image_size: int = params.IMAGE_SIZE) -> ImageSet:
     """A labelled data set, `split` "train" or "test", on the CPU.  `image_size` is for "Folder" only.
 
-    "Folder" is data_dir/train/<class>/* and data_dir/test/<class>/*; it is grey if all training images are.
+    "Folder" is data_dir/train/<class>/* and data_dir/test/<class>/*; it is grey if no training image
+    has a colour.
     Raises MissingData (a UserError) with the ways to get it, UserError if a file is damaged or the name
     unknown.
     """
@@ -230,7 +232,8 @@ def _folder(split: str, root: Path, size: int) -> ImageSet:
     if len(classes) < 2:
         raise UserError(f"{root}/train has {len(classes)} class folder(s): it needs two or more")
     if alien := sorted(set(found) - set(classes)):
-        raise UserError(f"{root}/test has classes that {root}/train has not: {', '.join(alien[:5])}")
+        raise UserError(f"{root}/test has classes that {root}/train has not: {', '.join(alien[:5])}; remove them, give "
+                        "training images of them, or take them for an OOD set, gen_eval.py --ood NAME=FOLDER")
     channels = 1 if all(map(is_grey, list_images(root / "train"))) else 3
     files = [(path, label) for label, c in enumerate(classes) if (root / split / c).is_dir()
              for path in list_images(root / split / c)]
@@ -238,6 +241,10 @@ def _folder(split: str, root: Path, size: int) -> ImageSet:
         raise UserError(f"{root / split} has no class folders: put its images into {root / split}/<class>/")
     images, kept = read_images([path for path, _ in files], channels, size, what=str(root / split))
     labels = torch.tensor([label for _, label in files])[kept]
-    if split == "train" and (empty := set(range(len(classes))) - set(labels.tolist())):
-        raise UserError(f"no image of {root}/train/{classes[min(empty)]} can be read: mend them, or remove the folder")
+    if empty := sorted(set(range(len(classes))) - set(labels.tolist())):
+        if split == "train":
+            raise UserError(f"no image of {root}/train/{classes[empty[0]]} can be read: mend them, or remove the "
+                            "folder")
+        print(f"warning: {root}/test has no images of {', '.join(classes[label] for label in empty[:5])}"
+              f"{', ...' * (len(empty) > 5)}: test errors and scores are of the other classes", file=sys.stderr)
     return ImageSet("Folder", images, labels, len(classes), tuple(classes))

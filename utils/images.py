@@ -142,8 +142,12 @@ def pixels(image: Image.Image) -> np.ndarray:
 
 
 def is_grey(path: Path) -> bool:
+    """Whether no pixel has a colour; a GIF of grey values has a palette, and many a grey photo is stored as RGB."""
     try:
         with Image.open(path, formats=FORMATS) as image:
-            return image.mode in GREY_MODES
+            if image.mode in GREY_MODES:
+                return True
+            red, green, blue = np.moveaxis(np.asarray(image.convert("RGB")), 2, 0)
+            return np.array_equal(red, green) and np.array_equal(green, blue)
     except Exception:   # named when it is read
         return True
