@@ -136,6 +136,9 @@ def prepare(dataset: str, args, device):
         if args.certify and isinstance(model, CCU) and not model.gmm_in.metric.equals(ccu.gmm_in.metric):
             raise UserError(f"--certify 1: the metrics of {label} and {ball} differ; leave {label} out of --models")
     seeds = make_seeds(args, dataset, test)
+    for label, model in models.items():
+        if not model.attack_score(seeds[:1].to(device).requires_grad_()).requires_grad:
+            raise UserError(f"the score of {label} has no gradient, which an attack climbs; name the others: --models")
     if args.radius is not None:
         radii = torch.full((len(seeds),), args.radius, dtype=torch.float64)
     else:

@@ -99,7 +99,8 @@ def main(args):
     meta = {"dataset": args.dataset, "label": label, "train_type": args.train_type, "out_dataset": out_name,
             "epochs": args.epochs, "seed": args.seed, "augm_flag": args.augm_flag, "amp": args.amp, "test_error": error,
             "mixtures": mixtures and mixtures[2], "class_names": list(data.class_names), "steps": args.steps,
-            "members": args.members, "out_dir": args.out_dir}
+            "members": args.members, "out_dir": args.out_dir, "warmstart": args.warmstart,
+            "source": base and base.meta.get("source")}
     if calibrated:
         meta |= {key: base.meta.get(key) for key in ("epochs", "augm_flag", "amp")}
         chosen = {name: getattr(model, name).item() for name in history[0] if name != "auroc"}
@@ -128,8 +129,9 @@ def train_network(args, seed, name, state_path, data, out, base, mixtures) -> tu
         defaults = replace(defaults, **params.NETWORKS[args.arch])
     torch.manual_seed(seed)
     device = data.images.device
-    model = make_model(args, getattr(defaults, method.network), seed, data, base, mixtures).to(device)
-    model = parallel.sync_batch_norms(model, device)
+    model = make_model(args, getattr(defaults, method.network), seed, data, base, mixtures)
+    files.check_rebuilds(model)
+    model = parallel.sync_batch_norms(model.to(device), device)
     objective = objectives.make(args.train_type, args.loglam, args.fit_out, args.steps, data.images)
     optimizer = method.optimizer or defaults.optimizer
     settings = Settings(optimizer, first(args.lr, method.lr, params.LR[optimizer]), args.lr_gmm,
@@ -229,6 +231,9 @@ def make_model(args, arch, seed, data, base, mixtures) -> Detector:
     """The model before training."""
     base_model = build_classifier(arch, *data.images.shape[1:3], data.classes)
     if args.warmstart:
+        if base.spec["base_model"].get("normalised"):
+            raise UserError("--warmstart 1: the Base model normalises its input, which nothing that is trained here "
+                            "does; leave --warmstart out, or import a Base that does not")
         if base.spec["base_model"] != base_model.spec or base.spec["kind"] == "DE":
             raise UserError(f"--warmstart 1: {args.train_type} takes {base_model.spec['arch']}, the Base model has "
                             "another classifier; train Base with the same --arch, or leave --warmstart out")

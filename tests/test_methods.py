@@ -285,6 +285,15 @@ def detector(kind):
 KINDS = ["Softmax", "normalised", "EDL", "MCD", "DE", "ODIN", "Maha", "CCU"]
 
 
+def test_what_could_not_be_read_again_is_not_written(tmp_path):
+    with pytest.raises(UserError, match=r"float64; save model.float\(\)"):
+        save_model(detector("CCU").double(), tmp_path / "model.pt")
+    for value in (np.float64(1.0), [np.int64(1)], {"a": {"b": torch.ones(1)}}, object()):
+        with pytest.raises(ValueError, match="meta"):
+            save_model(detector("Softmax"), tmp_path / "model.pt", {"accuracy": value})
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_contract_and_the_way_through_a_file(kind, tmp_path):
     model, x = detector(kind), torch.rand(5, 1, 8, 8)

@@ -11,12 +11,13 @@ from conftest import run_script
 import run_training
 import utils.training as training
 from models import CCU, CLASSIFIERS, GMM, PCAMetric, Softmax
-from utils import cli, load_model
+from utils import cli, load_model, save_model
 from utils.batches import Augmentation, ImageSet
 from utils.data import load_in_dist
 from utils.objectives import CEDA, CEDA_GMM, OE, Objective
 from utils.out_data import load_out
 from utils.state import State
+from utils.tables import how_made
 from utils.training import Settings
 
 
@@ -62,6 +63,16 @@ def test_a_warm_start_begins_with_the_weights_of_base(method, trained, digits_ru
     warm, = trained(f"{method} --warmstart 1")
     cold, = trained(method)
     assert same_classifier(base, warm.before) and not same_classifier(base, cold.before)
+    assert not load_model("checkpoints/Digits/X.pt").meta["warmstart"]      # the cold one
+
+
+def test_the_tables_name_a_warm_start_and_where_base_came_from(work):
+    base = load_model("checkpoints/Digits/Base.pt")
+    save_model(base, "checkpoints/Digits/Base.pt", {"source": "LeNet trained elsewhere"})
+    run_script("run_training.py --dataset Digits --train_type plain --warmstart 1 --epochs 1 --label Warm")
+    run_script("run_training.py --dataset Digits --train_type plain --epochs 1 --label Cold")
+    warm, cold = (how_made(load_model(f"checkpoints/Digits/{label}.pt").meta) for label in ("Warm", "Cold"))
+    assert warm == f"{cold}, from Base's weights, LeNet trained elsewhere"
 
 
 @pytest.mark.parametrize("method", ["plain", "CEDA", "ACET", "CEDA_GMM", "CEDA_GMM --fit_out 1"])

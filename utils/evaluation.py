@@ -33,6 +33,9 @@ def evaluate(model: Detector, data: ImageSet, batch_size: int) -> tuple[Tensor, 
     if log_p.isnan().any() or not scores.isfinite().all():
         raise UserError(f"the {type(model).__name__} model {model.meta.get('label', '')} gives NaN or infinite scores "
                         f"on {data.name}: its training diverged; train it again with a smaller --lr")
+    if own_score and model.score_is_confidence and scores.max() > 1e-3:
+        raise UserError(f"scores of the {type(model).__name__} model {model.meta.get('label', '')} are no "
+                        f"log-confidences ({scores.max():.4g}): its class needs score_is_confidence = False")
     return log_p, scores
 
 

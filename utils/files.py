@@ -198,43 +198,84 @@ def _check_tensors(value) -> None:
 def save_model(model: models.Detector, path: str | Path, meta: dict | None = None) -> Path:
     """A checkpoint of `model` that `load_model` rebuilds; `meta` (plain values) says how it was made.
 
-    ValueError where one of META is of another type.
+    ValueError where one of META is of another type, or a value is not plain.  UserError where the model is not float32.
     """
     if model.spec["base_model"] is None:
         raise UserError(f"can't write {path}: the classifier has no spec to rebuild it from; use one of "
                         "models/classifiers.py")
     meta = check_meta(model.meta if meta is None else meta)
+    if not _is_plain(meta):
+        raise ValueError("meta must hold None, bool, int, float, str, and lists, tuples and dicts of these alone")
     # what two mixtures share, their metric, is written once, also from a GPU
     values = model.state_dict(keep_vars=True)
     copies = {id(value): value.detach().cpu().contiguous() for value in values.values()}
     state = {key: copies[id(value)] for key, value in values.items()}
+    for key, value in state.items():
+        if value.is_floating_point() and value.dtype != torch.float32:
+            raise UserError(f"can't write {path}: {key} is {value.dtype}; save model.float()")
     return save({"format": MODEL, "spec": model.spec, "state": state, "meta": meta}, path)
+
+
+def _is_plain(value) -> bool:
+    """Whether it is read again without running code; NumPy's numbers, although floats, are not."""
+    if isinstance(value, dict):
+        return all(map(_is_plain, (*value, *value.values())))
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> models.Detector:
     """The model of a checkpoint, in evaluation mode; `model.meta` says how it was made."""
     checkpoint = load(path, MODEL, "train it with run_training.py")
     try:
-        spec, classifier = checkpoint["spec"], checkpoint["spec"]["base_model"]
-        if spec.get("members", 0) > len(checkpoint["state"]):
-            raise ValueError(f"{spec['members']} members, but {len(checkpoint['state'])} tensors")
-        if spec.get("classes", classifier["classes"]) != classifier["classes"]:
-            raise ValueError(f"{spec['classes']} and {classifier['classes']} classes")
-        if not 0 < classifier["size"] <= LARGEST_SIZE:
-            raise ValueError(f"images of size {classifier['size']}")
-        with torch.device("meta"):      # shapes without memory: a hostile spec cannot claim any
-            model = models.build(spec)
-        load_state(model, checkpoint["state"], assign=True)
+        model = _rebuild(checkpoint["spec"], checkpoint["state"])
         model.meta = check_meta(checkpoint["meta"])
-        with torch.no_grad():           # do its parts fit each other?
-            x = torch.zeros(1, classifier["channels"], classifier["size"], classifier["size"])
-            confidence, score = model.eval()(x).exp(), model.score(x)
-        if not (confidence.shape == (1, classifier["classes"]) and (confidence.sum() - 1).abs() < 1e-3
-                and score.shape == (1,) and score.isfinite()):
-            raise ValueError("what it computes are no confidences")
     except Exception as error:
         raise UserError(f"{path} does not hold a model of ours: {_first_line(error)[:200]}") from error
     return model.to(device)
+
+
+def _rebuild(spec: dict, state: dict) -> models.Detector:
+    """The model of this spec and state dict, in evaluation mode; raises what it likes where they do not fit."""
+    classifier = spec["base_model"]
+    if spec.get("members", 0) > len(state):
+        raise ValueError(f"{spec['members']} members, but {len(state)} tensors")
+    if spec.get("classes", classifier["classes"]) != classifier["classes"]:
+        raise ValueError(f"{spec['classes']} and {classifier['classes']} classes")
+    if not 0 < classifier["size"] <= LARGEST_SIZE:
+        raise ValueError(f"images of size {classifier['size']}")
+    with torch.device("meta"):      # shapes without memory: a hostile spec cannot claim any
+        model = models.build(spec)
+    load_state(model, state, assign=True)
+    with torch.no_grad():           # do its parts fit each other?
+        x = torch.zeros(1, classifier["channels"], classifier["size"], classifier["size"])
+        confidence, score = model.eval()(x).exp(), model.score(x)
+    if not (confidence.shape == (1, classifier["classes"]) and (confidence.sum() - 1).abs() < 1e-3
+            and score.shape == (1,) and score.isfinite()):
+        raise ValueError("what it computes are no confidences")
+    return model
+
+
+@torch.no_grad()
+def check_rebuilds(model: models.Detector) -> None:
+    """UserError where a checkpoint of `model`, which is on the CPU, would be refused or load as another model: to be
+    asked before a training, not after it."""
+    training, classifier = model.training, model.spec["base_model"]
+    try:
+        twin = _rebuild(model.spec, dict(model.state_dict()))
+        x = torch.linspace(0, 1, 2 * classifier["channels"] * classifier["size"] ** 2)
+        x = x.view(2, classifier["channels"], classifier["size"], classifier["size"])
+        model.eval()
+        pairs = (twin(x), model(x)), (twin.score(x), model.score(x))
+        if not all(torch.allclose(theirs, ours, atol=1e-4) for theirs, ours in pairs):
+            raise ValueError("it gives other values; are all its settings in its spec, super().__init__(base_model, "
+                             "NAME=VALUE)?")
+    except Exception as error:
+        raise UserError(f"a {type(model).__name__} would not load as it is saved, by models.build: "
+                        f"{type(error).__name__}: {_first_line(error)[:200]}") from error
+    finally:
+        model.train(training)
 
 
 def check_meta(meta: dict) -> dict:

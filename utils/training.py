@@ -33,17 +33,16 @@ class Settings:
 
 
 def make_optimizer(model: Detector, settings: Settings) -> torch.optim.Optimizer:
-    """Classifier with weight decay; mixture means and log-variances at lr_gmm without."""
-    groups = [{"params": list(model.base_model.parameters()), "initial_lr": settings.lr,
+    """Mixture means and log-variances at lr_gmm without weight decay; all others, the classifier's as a rule, with."""
+    mixtures = [gmm for gmm in (model.gmm_in, model.gmm_out) if gmm is not None] if isinstance(model, CCU) else []
+    for gmm in mixtures:
+        gmm.mu.requires_grad_("mu" in settings.grad_vars)
+        gmm.logvar.requires_grad_("var" in settings.grad_vars)
+    theirs = {p for gmm in mixtures for p in gmm.parameters()}
+    groups = [{"params": [p for p in model.parameters() if p not in theirs], "initial_lr": settings.lr,
                "weight_decay": settings.weight_decay}]
-    if isinstance(model, CCU):
-        chosen = []
-        for gmm in filter(None, (model.gmm_in, model.gmm_out)):
-            gmm.mu.requires_grad_("mu" in settings.grad_vars)
-            gmm.logvar.requires_grad_("var" in settings.grad_vars)
-            chosen += [p for p in (gmm.mu, gmm.logvar) if p.requires_grad]
-        if chosen:
-            groups.append({"params": chosen, "initial_lr": settings.lr_gmm, "weight_decay": 0.0})
+    if chosen := [p for gmm in mixtures for p in gmm.parameters() if p.requires_grad]:
+        groups.append({"params": chosen, "initial_lr": settings.lr_gmm, "weight_decay": 0.0})
     if settings.optimizer == "adam":
         optimizer = torch.optim.Adam(groups, fused=True)
     else:

@@ -1,0 +1,139 @@
+"""A method that is not here, added as README's "Your own method" says."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from conftest import run_script
+from torch import nn
+
+import model_paths
+import models
+import params
+import run_training
+from models import Detector
+from utils import files, load_model, objectives, save_model
+
+TRAIN = "run_training.py --dataset Digits --train_type Energy --epochs 1"
+ATTACK = "gen_attack_stats.py --datasets Digits --fit_out 1 --wide_format 1 --batches 1 --batch_size 4 --steps 2 " \
+         "--restarts 1 --models Base Energy --output t1"
+
+
+class Energy(Detector):
+    """Energy score (Liu et al. 2020) of a softmax at a temperature: a given one times one that is learnt."""
+
+    score_is_confidence = False
+
+    def __init__(self, base_model, T=2.0):
+        super().__init__(base_model, T=T)
+        self.T, self.log_t = T, nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        return (self.logits(x) / (self.T * self.log_t.exp())).log_softmax(1)
+
+    def score(self, x):
+        return self.logits(x).logsumexp(1)
+
+
+class Loss(objectives.Objective):
+    needs_out = False
+
+    def loss(self, model, x, y, z):
+        loss = nn.functional.nll_loss(model(x), y)
+        return loss, {"loss": loss.detach()}
+
+
+def add(monkeypatch, cls, make, build):
+    """The entries of README, for a class and what makes it of a network and, in `build`, of its spec."""
+    monkeypatch.setitem(objectives.OBJECTIVES, "Energy", Loss)
+    monkeypatch.setitem(params.METHODS, "Energy", params.Method())
+    monkeypatch.setitem(model_paths.LABELS, "Energy", "--train_type Energy")
+    theirs, classifier = models.build, models.build_classifier
+    monkeypatch.setattr(models, "build", lambda spec: (
+        build(classifier(**spec["base_model"]), spec) if build and spec["kind"] == cls.__name__ else theirs(spec)))
+    make_model = run_training.make_model
+    monkeypatch.setattr(run_training, "make_model", lambda *args: make(make_model(*args).base_model))
+
+
+def test_an_own_method_is_trained_whole_and_a_column_of_both_tables(work, monkeypatch, capsys):
+    add(monkeypatch, Energy, lambda network: Energy(network, 3.0), lambda network, spec: Energy(network, spec["T"]))
+    run_script(TRAIN)
+    model = load_model("checkpoints/Digits/Energy.pt")
+    assert model.T == 3.0 and abs(model.log_t.item()) > 1e-3      # was 0
+    run_script("gen_eval.py --dataset Digits --drop_mmc 0 --models Base Energy --output t2")
+    run_script(ATTACK)
+    table2 = pd.read_csv("t2.csv", header=[0, 1], index_col=0)
+    table1 = pd.read_csv("t1.csv", index_col=[0, 1])
+    assert table2["Energy", "AUC"]["Uniform"] >= 0 and table2["Energy", "MMC"].isna().all()
+    assert table1["Energy"]["Digits", "AUC"] >= 0 and pd.isna(table1["Energy"]["Digits", "MMC"])
+
+
+class Column(Energy):
+    def score(self, x):
+        return super().score(x)[:, None]
+
+
+class Logits(Energy):
+    def forward(self, x):
+        return self.logits(x)
+
+
+MISTAKES = {
+    "not in build": (Energy, Energy, None, "unknown kind of model 'Energy'"),
+    "a setting that build does not take": (Energy, lambda network: Energy(network, 5.0),
+                                           lambda network, spec: Energy(network), "gives other values"),
+    "a score of the wrong shape": (Column, Column, lambda network, spec: Column(network), "no confidences"),
+    "logits": (Logits, Logits, lambda network, spec: Logits(network), "no confidences"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_what_could_not_be_loaded_again_is_refused_before_it_is_trained(mistake, work, monkeypatch, capsys):
+    cls, make, build, reason = MISTAKES[mistake]
+    add(monkeypatch, cls, make, build)
+    monkeypatch.setattr(run_training, "train", lambda *args: pytest.fail("was trained"))
+    with pytest.raises(SystemExit) as stopped:
+        run_script(TRAIN)
+    assert stopped.value.code == 2 and reason in capsys.readouterr().err
+    assert not Path("checkpoints/Digits/Energy.pt").exists() and not list(work.glob("logs/**/*"))
+
+
+def test_a_check_of_what_is_saved_draws_no_random_numbers():
+    model = models.Softmax(models.LeNet())
+    before, training = torch.get_rng_state(), model.training
+    files.check_rebuilds(model)
+    assert torch.equal(torch.get_rng_state(), before) and model.training is training
+
+
+class Confident(Energy):
+    score_is_confidence = True
+
+
+class Flat(Energy):
+    @torch.no_grad()
+    def score(self, x):
+        return super().score(x)
+
+
+def test_a_score_of_a_network_that_is_there_needs_a_class_and_a_file(work, monkeypatch):
+    add(monkeypatch, Energy, Energy, lambda network, spec: Energy(network, spec["T"]))
+    base = load_model("checkpoints/Digits/Base.pt")
+    save_model(Energy(base.base_model), "checkpoints/Digits/Energy.pt", base.meta)
+    run_script("gen_eval.py --dataset Digits --drop_mmc 0 --models Base Energy --output t2")
+    assert pd.read_csv("t2.csv", header=[0, 1], index_col=0)["Energy", "AUC"]["Uniform"] >= 0
+
+
+@pytest.mark.parametrize("cls, command, reason", [
+    (Confident, "gen_eval.py --dataset Digits --models Base Energy --output t2", "score_is_confidence = False"),
+    (Flat, ATTACK, "the score of Energy has no gradient")])
+def test_a_score_that_breaks_the_contract_is_refused(cls, command, reason, work, monkeypatch, capsys, attacks):
+    add(monkeypatch, cls, cls, lambda network, spec: cls(network, spec["T"]))
+    base = load_model("checkpoints/Digits/Base.pt")
+    with torch.no_grad():
+        base.base_model.fc2.bias += 10.0        # logits well above 0
+    save_model(cls(base.base_model), "checkpoints/Digits/Energy.pt", base.meta)
+    with pytest.raises(SystemExit) as stopped:
+        run_script(command)
+    assert stopped.value.code == 2 and reason in capsys.readouterr().err
+    assert not attacks and not list(work.glob("t[12]*"))
