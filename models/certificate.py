@@ -270,6 +270,8 @@ def blocks(ccu: CCU, x: Tensor, method: str, margin: float = 1.0) -> Iterator[tu
     D = ccu.gmm_in.metric.dim
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError("points must be a tensor of floating-point numbers, images in [0, 1]")
     if x.dim() < 2 or math.prod(x.shape[1:]) != D or not x.isfinite().all():
         raise ValueError(f"points must be [B, ...] with {D} finite numbers each, got {list(x.shape)}")
     mixtures = Mixtures(ccu)

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_script
+from conftest import run_script, write_images
 from PIL import Image
 
 import utils.evaluation
-from models import CCU, GMM, LeNet, PCAMetric, Softmax
+from models import CCU, GMM, LeNet, Normalised, PCAMetric, Softmax
 from utils import backups, cli, files, tables
 from utils.data import load_in_dist, read_idx
 from utils.errors import UserError
@@ -53,6 +53,13 @@ def copy(source, target):
         Path(target).parent.mkdir(parents=True, exist_ok=True)
         Path(target).unlink(missing_ok=True)
         os.link(source, target)
+    return make
+
+
+def normalised(path):
+    def make():
+        base = files.load_model(path)
+        files.save_model(Softmax(Normalised(base.base_model, [0.5], [0.5])), path, base.meta)
     return make
 
 
@@ -307,6 +314,7 @@ TABLE = [
     ("gen_eval.py --dataset MNIST", ["MNIST/Base.pt", "trained on Digits"], copy(BASE, "checkpoints/MNIST/Base.pt")),
     ("gen_eval.py --dataset MNIST", ["Base.pt"], folder("checkpoints/MNIST/Base.pt")),
     (f"{TRAIN} EDL --warmstart 1", ["Base.pt"], damaged(BASE, "cut")),
+    (f"{TRAIN} CEDA --warmstart 1", ["normalises its input", "--warmstart"], normalised(BASE)),
     (f"{TRAIN} ODIN", ["ODIN", "plain classifier", "CCU"], copy(CCU_PT, BASE)),
     ("gen_attack_stats.py --datasets Digits", ["CCUs.pt is no CCU model"], copy(BASE, "checkpoints/Digits/CCUs.pt")),
 
@@ -757,6 +765,15 @@ def test_ood_sets_that_are_not_ood_are_named(work, capsys):
     assert "warning: 3 of 20 images of FMNIST are among those of the out-images of FMNIST\n" in error
     assert "warning: 4 of 4 images of mine are among those of Digits\n" in error
     assert error.count("among") == 2
+
+
+def test_an_ood_set_of_the_folder_that_was_learnt_from_is_named(work, capsys):
+    write_images(work / "photos/mine", 2, {"a": (0, 0, 0)}, 0)
+    write_images(work / "other", 2, {"a": (0, 0, 0)}, 1)
+    changed(BASE, "meta", out_dataset="Folder", out_dir=str(work / "photos"))()
+    for folder, learnt in {"photos": True, "photos/mine": True, ".": True, "other": False}.items():
+        run_script(f"{EVAL} --models Base CCU --output t --ood mine={folder}")
+        assert warned(capsys, f"Base learnt from photos in {work}/photos: mine is not OOD to them") == learnt
 
 
 def test_radii_of_0_and_attacks_that_gain_nothing_are_named(work, capsys, monkeypatch):

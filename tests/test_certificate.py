@@ -566,7 +566,10 @@ def test_wrong_arguments_are_refused(call, message):
         call(make_ccu(0), torch.rand(4, 2))
 
 
-def test_only_a_ccu_certifies():
+def test_only_a_ccu_certifies_and_only_floating_point_images():
     for function in (certified_radius, lambda *args: confidence_bound(*args, 1.0)):
         with pytest.raises(TypeError, match="only a CCU"):
             function(Softmax(Sure(10)), torch.rand(4, 2))
+        for points in (torch.full((4, 2), 255, dtype=torch.uint8), torch.rand(4, 2).numpy()):
+            with pytest.raises(TypeError, match="points must be .* floating-point"):
+                function(make_ccu(0), points)

@@ -205,6 +205,9 @@ def test_confidences_of_both_backups():
     scores["scores"]["CCU/orig"] = inside["CCU"] - 0.5      # trained again in between
     with pytest.raises(UserError, match="different models CCU; make both again: python gen_attack_stats.py"):
         backups.confidences(attack, scores)
+    for labels in (("MCD",), ("EDL",)):     # no confidence; not in the other backup
+        with pytest.raises(UserError, match="no method .* is in both backups.*: python gen_attack_stats.py"):
+            backups.confidences(attack_backup(5, labels), scores)
 
 
 def test_the_caption_says_how_the_models_were_made():

@@ -74,4 +74,7 @@ def confidences(attack: dict, scores: dict) -> dict[str, dict[str, Tensor]]:
                             f"{MEND[ATTACK].format(dataset)}; {MEND[SCORES].format(dataset)}")
         sets[label] = {f"{attack['dataset']} (test)": mine.pop("orig"), **mine,
                        "adversarial noise": attack["models"][label]["score"]}
+    if not sets:
+        raise UserError("no method whose score is a confidence is in both backups; run both on the same --models: "
+                        f"{MEND[ATTACK].format(attack['dataset'])}; {MEND[SCORES].format(attack['dataset'])}")
     return {label: {name: score.double().exp() for name, score in of.items()} for label, of in sets.items()}
