@@ -122,10 +122,11 @@ def warn_overlap(models, sets, test, args) -> None:
     learnt: dict[tuple[str, str], list[str]] = {}       # out-images, OOD set -> labels
     for label, model in models.items():
         out, photos = model.meta.get("out_dataset"), model.meta.get("out_dir")
-        for name in (name for name in sets if name in (out, f"Gray{out}")):
-            learnt.setdefault((out, name), []).append(label)
-        for name in (name for name, folder in args.ood if out == "Folder" and photos and one_holds(folder, photos)):
-            learnt.setdefault((f"photos in {photos}", name), []).append(label)
+        near = {name: out for name in sets if name in (out, f"Gray{out}")}
+        if out == "Folder" and photos:
+            near |= {name: f"photos in {photos}" for name, folder in args.ood if one_holds(folder, photos)}
+        for name, what in near.items():
+            learnt.setdefault((what, name), []).append(label)
     for (out, name), labels in learnt.items():
         print(f"warning: {', '.join(labels)} learnt from {out}: {name} is not OOD to them", file=sys.stderr)
     trained = {model.meta.get("out_dataset") for model in models.values()}

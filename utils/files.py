@@ -261,8 +261,10 @@ def _rebuild(spec: dict, state: dict) -> models.Detector:
 def check_rebuilds(model: models.Detector) -> None:
     """UserError where a checkpoint of `model`, which is on the CPU, would be refused or load as another model: to be
     asked before a training, not after it."""
-    training, classifier = model.training, model.spec["base_model"]
+    training = model.training
     try:
+        if (classifier := model.spec["base_model"]) is None:
+            raise ValueError("the classifier has no spec to rebuild it from")
         twin = _rebuild(model.spec, dict(model.state_dict()))
         x = torch.linspace(0, 1, 2 * classifier["channels"] * classifier["size"] ** 2)
         x = x.view(2, classifier["channels"], classifier["size"], classifier["size"])
