@@ -64,8 +64,11 @@ MODELS := checkpoints/$(DATASET)
 $(if $(filter-out 1,$(words $(DATASET))),$(error DATASET: give one))
 $(if $(LABELS),,$(if $(KNOWN),$(error LABELS: give at least one of $(KNOWN))))
 # what was trained elsewhere and imported has its checkpoint already
-$(foreach label,$(filter-out $(KNOWN) $(KNOWN:%=%-seed%),$(LABELS)),$(if $(wildcard $(MODELS)/$(label).pt),,\
+UNKNOWN := $(shell $(PYTHON) -c 'import sys, model_paths as m; print(*(label for label in sys.argv[1:] if m.without_seed(label) not in m.LABELS))' $(LABELS:%='%') 2> /dev/null)
+$(foreach label,$(UNKNOWN),$(if $(wildcard $(MODELS)/$(label).pt),,\
   $(error LABELS: unknown label $(label); known: $(KNOWN), with other seeds Base-seed1 and so on)))
+$(if $(findstring --seed,$(ARGS) $(TRAIN_ARGS)),$(if $(findstring -seed,$(LABELS)),\
+  $(error ARGS, TRAIN_ARGS: --seed would hold for the labels that end in -seed1 and so on, too; leave it out)))
 FOLDER := $(if $(DATA_DIR),--data_dir "$(DATA_DIR)")
 DATA := $(FOLDER) $(ARGS)
 # the first script fetches for all, not several at once the same files
@@ -83,8 +86,9 @@ tables: $(MODELS)/.table2 $(MODELS)/.table1
 stale = $(shell test -f $(1).csv && test ! $(1).csv -nt $(2) && test "$$(cat $(2) 2> /dev/null)" = "$(3)" || echo FORCE)
 TABLE1 := results/table1_$(DATASET)
 TABLE2 := results/table2_$(DATASET)
-OF1 := $(strip $(LABELS)), $(STEPS) steps, $(RESTARTS) restarts
-OF2 := $(subst ",,$(subst ',,$(strip $(LABELS) $(EVAL_ARGS))))
+unquoted = $(subst ",,$(subst ',,$(1)))
+OF1 := $(strip $(strip $(LABELS)), $(STEPS) steps, $(RESTARTS) restarts $(call unquoted,$(FOLDER) $(subst --download 1,,$(ARGS))))
+OF2 := $(strip $(LABELS) $(call unquoted,$(DATA) $(EVAL_ARGS)))
 
 $(MODELS)/.table2: $(LABELS:%=$(MODELS)/%.pt) $(call stale,$(TABLE2),$(MODELS)/.table2,$(OF2)) | $(INSTALLED)
 	$(PY) gen_eval.py --dataset $(DATASET) --drop_mmc 0 $(DATA) $(call gpu,Base) --models $(LABELS) $(EVAL_ARGS) --output $(TABLE2)

@@ -220,7 +220,7 @@ def unit_folder(dataset, label, model, ccu, seeds, images, args):
     """
     folder = model_paths.attack_units(dataset, label, files.digest(
         FORMAT, dataset, label, args.steps, args.restarts, args.alpha, args.batch_size, args.seed, seeds, images, model,
-        ccu, args.radius, args.certificate, params.RATIO))
+        model.spec, ccu, args.radius, args.certificate, params.RATIO))
     files.lock(folder)
     if folder.exists() and not args.resume and parallel.rank() == 0:
         shutil.rmtree(folder)

@@ -10,6 +10,7 @@ seed alone (Base, Base-seed1, ...) become mean ± standard deviation.
 """
 
 import contextlib
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -48,7 +49,7 @@ def short() -> str:
             continue
         with explained_tables(name):
             runs = read_runs(name)
-            figures = over_seeds(read_figures(name, runs))
+            figures = over_seeds(read_figures(name, runs), runs)
             shown = [label for label in labels if label in figures]
             epochs = sorted({runs[label]["epochs"] for label in shown if "epochs" in runs[label]})
             trained = f"{' and '.join(map(str, epochs))} epochs" if epochs else "epochs unknown"
@@ -107,8 +108,11 @@ def title_of(name: str) -> str:
 def section(name: str) -> str:
     """Heading, how the models were made, our figures, ours beside the authors'."""
     runs = read_runs(name)
-    figures = over_seeds(read_figures(name, runs))
-    text = f"### {heading(name, runs)}\n\n{how(name, runs)}\n" + markdown(figures.map(show)) + certified(name)
+    figures = over_seeds(read_figures(name, runs), runs)
+    if apart := [label for label in figures if model_paths.without_seed(label) != label]:
+        print(f"warning: {name}: {', '.join(apart)} and the others of their label do not differ in their seed alone: "
+              "not averaged; remove the checkpoints that are to be trained anew, and make tables", file=sys.stderr)
+    text = f"### {heading(name, runs)}\n\n{how(name, runs)}\n" + markdown(figures.map(show)) + certified(name, runs)
     authors = read_authors(dataset_of(name))
     rows = [row for row in figures.index if published(row) in authors.index]
     both = {label: [beside(figures.loc[row, label], authors.loc[published(row), label]) for row in rows]
@@ -124,13 +128,13 @@ def section(name: str) -> str:
     return text + "\n"
 
 
-def certified(name: str) -> str:
+def certified(name: str, runs: dict) -> str:
     """What the certificates say of each set, if `gen_eval.py --certify 1` wrote it with the rest of Table 2."""
     stem = model_paths.table(2, name)
     if not Path(f"{stem}_certified.csv").exists() or commands(f"{stem}_certified") != commands(stem):
         return ""       # of another command: an earlier run's
     table = pd.read_csv(f"{stem}_certified.csv", header=[0, 1], index_col=0).rename({"orig": "test images"})
-    parts = {what: over_seeds(table.xs(what, axis=1, level=1)).map(show) for what in table.columns.unique(1)}
+    parts = {what: over_seeds(table.xs(what, axis=1, level=1), runs).map(show) for what in table.columns.unique(1)}
     labels = dict.fromkeys(label for part in parts.values() for label in part)
     return (f"\nImages that are at most {params.RATIO}/M confident, those with a certified radius R > 0 (%), and the "
             "median R of these:\n\n"
@@ -176,12 +180,19 @@ def read_figures(name: str, runs: dict) -> pd.DataFrame:
     return pd.concat(parts)
 
 
-def over_seeds(figures: pd.DataFrame) -> pd.DataFrame:
-    """A column a label; cells (mean, standard deviation over seeds, NaN for a single one)."""
+def over_seeds(figures: pd.DataFrame, runs: dict) -> pd.DataFrame:
+    """A column a label; cells (mean, standard deviation over seeds, NaN for a single one).
+
+    Models of a label that differ in more than their seed, or not even in that, keep a column each.
+    """
     cells: dict[str, list] = {}
     for label in dict.fromkeys(map(model_paths.without_seed, figures)):
-        seeds = figures[[name for name in figures if model_paths.without_seed(name) == label]]
-        cells[label] = list(zip(seeds.mean(axis=1), seeds.std(axis=1, ddof=1), strict=True))
+        names = [name for name in figures if model_paths.without_seed(name) == label]
+        alike = (len({tables.how_made(runs[name] | {"seed": None}) for name in names}) == 1
+                 and len({runs[name].get("seed") for name in names}) == len(names))
+        for column, those in {label: names}.items() if alike else ((name, [name]) for name in names):
+            seeds = figures[those]
+            cells[column] = list(zip(seeds.mean(axis=1), seeds.std(axis=1, ddof=1), strict=True))
     return pd.DataFrame(cells, figures.index)
 
 

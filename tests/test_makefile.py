@@ -69,6 +69,19 @@ def test_a_label_that_nothing_makes_is_refused_unless_its_model_is_there(planned
     assert planned("LABELS=CCU Mine", there=["CCU", "Mine"])[0] == ["gen_eval", "gen_attack_stats"]
 
 
+@pytest.mark.parametrize("label", ["CCU-seed", "CCU-seed{1,2}", "CCU-seed1,", "CCU-seed1x"])
+def test_a_mistyped_seed_is_an_unknown_label(label, planned):
+    steps, error = planned(f"LABELS=CCU {label}")
+    assert steps == [] and f"unknown label {label}" in error
+
+
+def test_one_seed_for_labels_of_several_is_refused(planned):
+    for variable in ("ARGS", "TRAIN_ARGS"):
+        steps, error = planned("LABELS=CCU CCU-seed1", f"{variable}=--seed 5")
+        assert steps == [] and "--seed" in error
+        assert "Base" in planned("LABELS=CCU Base", f"{variable}=--seed 5")[0]
+
+
 def test_variables_that_are_no_single_word(planned, folder):
     """A folder's name may have spaces; one data set and at least one label are needed."""
     command = ["make", "-n", "mixtures", "OUT_DATASET=Folder", "OUT_DIR=my photos", "DATA_DIR=my data",
@@ -108,6 +121,9 @@ def test_tables_of_other_models_are_made_anew(planned, folder):
     assert planned("LABELS=Base CCU", own)[0] == []
     (folder / "checkpoints/Digits/.table2").write_text("Base CCU\n")
     assert planned("LABELS=Base CCU", "STEPS=7")[0] == ["gen_attack_stats"]
+    assert planned("LABELS=Base CCU", "ARGS=--download 1")[0] == ["gen_eval"]      # there may be more OOD sets
+    assert planned("LABELS=Base CCU", "ARGS=--seed 1")[0] == ["gen_eval", "gen_attack_stats"]
+    assert planned("LABELS=Base CCU", "DATA_DIR=my data") == (["gen_eval", "gen_attack_stats"], "")
     now = time.time_ns()
     os.utime(tables[1], ns=(now + HOUR, now + HOUR))      # as another command leaves it
     assert planned("LABELS=Base CCU")[0] == ["gen_eval"]

@@ -1,5 +1,8 @@
 """Metric, densities, EM and the CCU model against scipy, scikit-learn and closed forms."""
 
+import shutil
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +18,7 @@ from utils import files
 from utils.data import load_in_dist
 from utils.fit import Fit, em, fit_gmm, kmeans_start
 from utils.out_data import load_out
+from utils.state import State
 
 
 def random_gmm(D, K, seed=0, dtype=torch.float64):
@@ -141,6 +145,30 @@ def test_fit_gmm_has_uniform_weights_and_one_shared_variance():
     torch.testing.assert_close(gmm.alpha.exp(), torch.full((5,), 0.2))
     torch.testing.assert_close(gmm.logvar.exp(), fit.variances.mean().expand(5))
     assert not (fit.variances == fit.variances[0]).all()
+
+
+def test_em_does_not_go_on_in_other_coordinates(tmp_path, monkeypatch):
+    """The components of a metric have other signs on another machine or number of threads."""
+    monkeypatch.setattr("utils.state.SAVE_EVERY", 0.0)
+    z = blobs()
+    V = torch.linalg.qr(torch.randn(10, 10, generator=torch.Generator().manual_seed(0)))[0]
+    signs = torch.tensor([1.0, -1.0]).repeat(5)
+    metrics = [PCAMetric(rows, torch.ones(10)) for rows in (V, signs[:, None] * V)]
+
+    class Killed(Exception):
+        pass
+
+    def kill(iteration, log_likelihood):
+        if iteration == 1:
+            raise Killed
+    with pytest.raises(Killed):
+        fit_gmm(metrics[0].transform(z), metrics[0], 5, 1e-3, 0, kill, State(tmp_path / "em", {}, True))
+    # in its own coordinates it goes on, in others it is as if nothing had been saved
+    for metric, steps in ((metrics[1], 0), (metrics[0], 1)):
+        path = shutil.copy(tmp_path / "em", tmp_path / "copy")
+        progress = mock.Mock()
+        fit_gmm(metric.transform(z), metric, 5, 1e-3, 0, progress, State(path, {}, True))
+        assert progress.call_args_list[0].args[0] == steps
 
 
 def test_fit_gmm_survives_a_large_offset():

@@ -11,7 +11,7 @@ from conftest import run_script
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 import gen_attack_stats
-from models import CCU, CLASSIFIERS, MCD, certified_radius, confidence_bound
+from models import CCU, CLASSIFIERS, EDL, MCD, Softmax, certified_radius, confidence_bound
 from utils import evaluation, files, load_model, save_model
 from utils.backups import ATTACK
 from utils.data import load_in_dist, load_ood
@@ -132,6 +132,17 @@ def test_a_score_that_is_no_confidence_ranks_but_has_no_mmc(attacked):
 STATISTICS = ["TE", "MMC", "SR", "AUC"]
 ROWS = {(dataset, label): dict.fromkeys(STATISTICS, 1.0)
         for dataset in ("MNIST", "Digits") for label in ("Base", "CCU")}
+
+
+def test_batches_of_a_model_that_computes_something_else_are_not_taken_over(tmp_path, monkeypatch):
+    """Settings may stand in a model's spec alone; its weights are the same."""
+    monkeypatch.chdir(tmp_path)
+    network, images = CLASSIFIERS["LeNet"](1, 28, 10), torch.rand(2, 1, 28, 28)
+    args = gen_attack_stats.parser().parse_args(["--datasets", "Digits"])
+    folders = [gen_attack_stats.unit_folder("Digits", "X", model, Softmax(network), images, images, args)
+               for model in (Softmax(network), Softmax(network), EDL(network))]
+    files.unlock()
+    assert folders[0] == folders[1] != folders[2]
 
 
 @pytest.mark.parametrize("options, index, columns", [

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import warnings
+from pathlib import Path
 
 import torch
 
@@ -95,7 +96,7 @@ class Parser(argparse.ArgumentParser):
                           help="out-distribution: TinyImages, RandomImages300k, Folder (photos in --out_dir), "
                           "Photos (crops of a photograph that scikit-learn brings) or another data set (auto: the "
                           "first of TinyImages and RandomImages300k whose file is in --data_dir, else Photos)")
-        self.add_argument("--out_dir", help="folder of photos for --out_dataset Folder")
+        self.add_argument("--out_dir", type=path, help="folder of photos for --out_dataset Folder")
         return self
 
     def metric(self) -> "Parser":
@@ -128,14 +129,14 @@ def name(text: str) -> str:
 
 
 def path(text: str) -> str:
-    """argparse type: a path, whether or not anything is there; from Python 3.14 on pathlib takes one that cannot be
-    looked at, too long or not permitted, for one where nothing is."""
+    """argparse type: a path, whether or not anything is there, without a slash at its end; from Python 3.14 on pathlib
+    takes one that cannot be looked at, too long or not permitted, for one where nothing is."""
     try:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.stat(text)
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{text}: {error.strerror}") from None
-    return text
+    return str(Path(text))
 
 
 def stem(text: str) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import params
 from models import GMM, PCAMetric
+from utils import files
 from utils.state import State
 
 BLOCK = 8192
@@ -110,14 +111,17 @@ def fit_gmm(z: Tensor, metric: PCAMetric, K: int, reg_covar: float, seed: int,
     z [n, D] are the images in `metric`'s coordinates.  EM goes on from `state`, and saves to it: first the start,
     because k-means rounds differently from run to run on many threads.
     """
+    # components have other signs on another machine or number of threads: there EM begins again
+    basis = files.digest(metric) if state is not None else None
+
     def keep(fit: Fit):
         if state is not None and (state.due() or not fit.log_likelihoods):
-            state.save(fit=vars(fit))
+            state.save(fit=vars(fit), basis=basis)
 
     origin = z.mean(0)
     z = z - origin
     uniform = torch.full((K,), 1 / K, dtype=z.dtype, device=z.device)
-    if state is not None and (saved := state.load()) is not None:
+    if state is not None and (saved := state.load()) is not None and saved.get("basis") == basis:
         start = Fit(**{key: value.to(z.device) if isinstance(value, Tensor) else value
                        for key, value in saved["fit"].items()})
     else:

@@ -34,7 +34,7 @@ class State:
         for key, value in self.options.items():
             if state["options"].get(key) != value:
                 raise UserError(f"{self.path} was made with {key} {state['options'].get(key)}, not {value}: use the "
-                                "same options, or start without --resume")
+                                "same options, remove it, or start without --resume")
         return state
 
     def remove(self) -> None:
