@@ -64,8 +64,7 @@ def main(args):
     z, z_out = metric.transform(X), metric.transform(X_out)
     for path, options in jobs.items():
         start, n = time.monotonic(), options["n"]
-        # coordinates along the metric's components have other signs on another device
-        states = [State(state, options | {"device": device.type}, args.resume) for state in model_paths.em_states(path)]
+        states = [State(state, options, args.resume) for state in model_paths.em_states(path)]
         (gmm_in, fit_in), (gmm_out, fit_out) = (
             fit_gmm(images, metric, n, args.reg_covar, args.seed, progress(which, n, args.verbose), state)
             for which, images, state in zip(("in", "out"), (z, z_out), states, strict=True))

@@ -190,8 +190,9 @@ def over_seeds(figures: pd.DataFrame, runs: dict) -> pd.DataFrame:
         names = [name for name in figures if model_paths.without_seed(name) == label]
         alike = (len({tables.how_made(runs[name] | {"seed": None}) for name in names}) == 1
                  and len({runs[name].get("seed") for name in names}) == len(names))
-        for column, those in {label: names}.items() if alike else ((name, [name]) for name in names):
-            seeds = figures[those]
+        groups = {label: names} if alike else {name: [name] for name in names}
+        for column, group in groups.items():
+            seeds = figures[group]
             cells[column] = list(zip(seeds.mean(axis=1), seeds.std(axis=1, ddof=1), strict=True))
     return pd.DataFrame(cells, figures.index)
 

@@ -111,7 +111,7 @@ def fit_gmm(z: Tensor, metric: PCAMetric, K: int, reg_covar: float, seed: int,
     z [n, D] are the images in `metric`'s coordinates.  EM goes on from `state`, and saves to it: first the start,
     because k-means rounds differently from run to run on many threads.
     """
-    # components have other signs on another machine or number of threads: there EM begins again
+    # components have other signs on another device, machine or number of threads: there EM begins again
     basis = files.digest(metric) if state is not None else None
 
     def keep(fit: Fit):
