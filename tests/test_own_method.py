@@ -56,7 +56,7 @@ def add(monkeypatch, cls, make, build):
     monkeypatch.setattr(run_training, "make_model", lambda *args: make(make_model(*args).base_model))
 
 
-def test_an_own_method_is_trained_whole_and_a_column_of_both_tables(work, monkeypatch, capsys):
+def test_an_own_method_is_trained_whole_and_a_column_of_both_tables(work, monkeypatch):
     add(monkeypatch, Energy, lambda network: Energy(network, 3.0), lambda network, spec: Energy(network, spec["T"]))
     run_script(TRAIN)
     model = load_model("checkpoints/Digits/Energy.pt")

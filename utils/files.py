@@ -238,7 +238,8 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> models.D
 
 def _rebuild(spec: dict, state: dict) -> models.Detector:
     """The model of this spec and state dict, in evaluation mode; raises what it likes where they do not fit."""
-    classifier = spec["base_model"]
+    if (classifier := spec["base_model"]) is None:
+        raise ValueError("the classifier has no spec to rebuild it from")
     if spec.get("members", 0) > len(state):
         raise ValueError(f"{spec['members']} members, but {len(state)} tensors")
     if spec.get("classes", classifier["classes"]) != classifier["classes"]:
@@ -263,9 +264,7 @@ def check_rebuilds(model: models.Detector) -> None:
     asked before a training, not after it."""
     training = model.training
     try:
-        if (classifier := model.spec["base_model"]) is None:
-            raise ValueError("the classifier has no spec to rebuild it from")
-        twin = _rebuild(model.spec, dict(model.state_dict()))
+        twin, classifier = _rebuild(model.spec, dict(model.state_dict())), model.spec["base_model"]
         x = torch.linspace(0, 1, 2 * classifier["channels"] * classifier["size"] ** 2)
         x = x.view(2, classifier["channels"], classifier["size"], classifier["size"])
         model.eval()
