@@ -48,6 +48,8 @@ def main(args):
     calibrated = args.train_type in params.CALIBRATED
     takes_out = objectives.takes_out_images(args.train_type, args.fit_out)
     out_name = resolve(args.out_dataset, args.data_dir) if takes_out else None
+    if not calibrated:
+        fill_in(args)
 
     files.check_writable(path, model_paths.log_dir(args.dataset, label) / "events")
 
@@ -124,20 +126,15 @@ def networks_of(args, label, path) -> list[tuple]:
 
 def train_network(args, seed, name, state_path, data, out, base, mixtures) -> tuple[Detector, list[dict]]:
     """One trained network and its history, an entry an epoch."""
-    defaults, method = params.DATASETS[args.dataset], params.METHODS[args.train_type]
-    if args.arch:
-        defaults = replace(defaults, **params.NETWORKS[args.arch])
     torch.manual_seed(seed)
     device = data.images.device
-    model = make_model(args, getattr(defaults, method.network), seed, data, base, mixtures)
+    model = make_model(args, args.network, seed, data, base, mixtures)
     files.check_rebuilds(model)
     model = parallel.sync_batch_norms(model.to(device), device)
     objective = objectives.make(args.train_type, args.loglam, args.fit_out, args.steps, data.images)
-    optimizer = method.optimizer or defaults.optimizer
-    settings = Settings(optimizer, first(args.lr, method.lr, params.LR[optimizer]), args.lr_gmm,
-                        first(args.decay, method.weight_decay, params.WEIGHT_DECAY), tuple(args.grad_vars),
-                        args.epochs, args.batch_size, seed)
-    augmentation = Augmentation.of(defaults) if args.augm_flag else None
+    settings = Settings(args.optimizer, args.lr, args.lr_gmm, args.decay, tuple(args.grad_vars), args.epochs,
+                        args.batch_size, seed)
+    augmentation = Augmentation.of(params.DATASETS[args.dataset]) if args.augm_flag else None
     options = decisive(args, out and out.name)
     if mixtures:
         options["gmm_path"] = f"of {files.digest(*mixtures[:2])}"       # the file may have been written anew
@@ -192,6 +189,16 @@ def check(args) -> None:
     if args.gmm_path and not ccu:
         raise UserError("--gmm_path goes with --train_type CEDA_GMM")
     args.members = first(args.members, params.MEMBERS)
+
+
+def fill_in(args) -> None:
+    """What params.py decides where no option does: recorded, so that --resume 1 notices an edit of it."""
+    defaults, method = params.DATASETS[args.dataset], params.METHODS[args.train_type]
+    if args.arch:
+        defaults = replace(defaults, **params.NETWORKS[args.arch])
+    args.network, args.optimizer = getattr(defaults, method.network), method.optimizer or defaults.optimizer
+    args.lr = first(args.lr, method.lr, params.LR[args.optimizer])
+    args.decay = first(args.decay, method.weight_decay, params.WEIGHT_DECAY)
 
 
 def unused_options(args) -> list[str]:

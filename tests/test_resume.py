@@ -151,6 +151,14 @@ def test_a_finished_model_is_trained_again_for_other_options_alone(work, monkeyp
     for changes in ("--lr 1e-4", "--seed 1", "--grad_vars mu", "--loglam 1"):
         assert trained(f"--resume 1 {changes}") and not trained(f"--resume 1 {changes}"), changes
     assert trained("--resume 1")
+    with monkeypatch.context() as patch:
+        for of, key in ((params.LR, "adam"), (params.LR, "sgd")):      # an edit of params.py, if it matters here
+            patch.setitem(of, key, 2e-3)
+            assert trained("--resume 1") == (key == "adam") and not trained("--resume 1")
+        options = json.loads(model_paths.run_record(path).read_text())["options"]
+        used = {"network": "LeNet", "optimizer": "adam", "lr": 2e-3, "decay": 5e-4}
+        assert {key: options[key] for key in used} == used
+    assert trained("--resume 1")
     gmm_in, gmm_out, meta = files.load_mixtures(next(Path("checkpoints/Digits/gmm").glob("*.pt")), "")
     files.save_mixtures(gmm_in, gmm_out, next(Path("checkpoints/Digits/gmm").glob("*.pt")), meta | {"seed": 5})
     assert trained("--resume 1")                                # fitted again meanwhile
