@@ -42,8 +42,8 @@ demo: $(INSTALLED)
 	$(RUN)gen_eval.py --dataset Digits --drop_mmc 0 --models $(LABELS)
 	$(RUN)gen_attack_stats.py --datasets Digits --wide_format 1 --fit_out 1 --models $(LABELS) --batches 1 --steps $(STEPS) --restarts $(RESTARTS)
 	@echo
-	@echo 'Next, the same on MNIST (fetched by --download 1; README, "Data", has other ways):'
-	@echo '  .venv/bin/python gen_gmm.py --dataset MNIST --PCA 1 --augm_flag 1 --download 1'
+	@echo 'Next, the same on MNIST (--download 1 fetches it and 1 GB of out-images; README, "Data", has other ways):'
+	@echo '  .venv/bin/python gen_gmm.py --dataset MNIST --PCA 1 --augm_flag 1 --out_dataset RandomImages300k --download 1'
 	@echo '  .venv/bin/python run_training.py --dataset MNIST --train_type plain --augm_flag 1'
 	@echo '  .venv/bin/python run_training.py --dataset MNIST --train_type CEDA_GMM --augm_flag 1 --use_gmm 1 --PCA 1 --fit_out 1'
 	@echo '  .venv/bin/python gen_eval.py --dataset MNIST --drop_mmc 1 --download 1'

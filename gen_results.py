@@ -53,7 +53,7 @@ def short() -> str:
             shown = [label for label in labels if label in figures]
             epochs = sorted({runs[label]["epochs"] for label in shown if "epochs" in runs[label]})
             trained = f"{' and '.join(map(str, epochs))} epochs" if epochs else "epochs unknown"
-            parts.append(f"{heading(title_of(name), runs)}, {trained}:\n\n"
+            parts.append(f"{heading(title_of(name), runs)}, {trained} (`results/table[12]_{name}.csv`):\n\n"
                          + markdown(figures[shown].map(show)))
     return "\n".join(parts)
 

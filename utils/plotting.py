@@ -70,6 +70,8 @@ def two_moons(grids: Mapping[str, tuple[Tensor, Tensor]], x: Tensor, y: Tensor) 
         ax.contour(axis, axis, margin.numpy(), [0.0], colors=BLACK, linewidths=1.4, linestyles="--")
         ax.set(title=title, xlim=(0, 1), ylim=(0, 1), aspect="equal", xticks=(0, 0.5, 1), yticks=(0, 0.5, 1),
                xlabel="$x_1$")
+        for each in (ax.xaxis, ax.yaxis):
+            each.set_major_formatter("{x:g}")
         ax.spines[:].set_visible(True)
     panels[0].set_ylabel("$x_2$", rotation=0, labelpad=9)
     bar = fig.colorbar(filled, ax=panels, ticks=(0.5, 0.6, 0.7, 0.8, 0.9, 1), pad=0.03, aspect=28, label="confidence")
@@ -162,7 +164,10 @@ def confidences(methods: Mapping[str, Mapping[str, Tensor]], classes: int, bins:
         ax.tick_params(axis="y", length=0)
         ax.spines[["left"]].set_visible(False)
         ax.xaxis.set_major_formatter(PercentFormatter(1, symbol="", decimals=0))
-    for ax in list(grid.flat)[len(methods):]:
+    panels = list(grid.flat)
+    for ax in panels[len(methods) - columns:len(methods)]:      # each column's lowest
+        ax.tick_params(labelbottom=True)
+    for ax in panels[len(methods):]:
         ax.set_axis_off()
     fig.supxlabel("confidence (%)", fontsize=10)
     return fig
@@ -197,8 +202,8 @@ def certificate(way: Walk, label: str, shown: int = 7) -> Figure:
     right.set(ylim=(0, end), ylabel="certified radius\n(units of the metric)")
     top.legend(loc="outside upper center", ncols=len(left.lines), handlelength=2.8)
     for ax, i in zip(bottom.subplots(1, shown), chosen, strict=True):
-        text = [f"{name} {100 * confidence[i]:.1f}" for name, confidence in way.confidence.items()]
+        text = [f"{name} {100 * confidence[i]:.1f} %" for name, confidence in way.confidence.items()]
         best = min(bound[i].item() for bound in way.bound.values())
-        image(ax, way.images[i], "\n".join([*text, f"certified {math.ceil(1e4 * best) / 100:.2f}"]))
+        image(ax, way.images[i], "\n".join([*text, f"certified ≤ {math.ceil(1e4 * best) / 100:.2f} %"]))
         ax.set_title(f"$d$ = {d[i]:.1f}", fontsize=9, pad=3)
     return fig
