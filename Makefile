@@ -111,10 +111,13 @@ $(foreach label,$(sort ODIN Maha $(filter ODIN% Maha%,$(LABELS))),\
 mixtures: | $(INSTALLED)
 	$(PY) gen_gmm.py --dataset $(DATASET) --PCA 1 --augm_flag 1 $(DATA) $(OUT) $(call gpu,CCU) --resume 1 $(GMM_ARGS)
 
-results: $(INSTALLED)
+# with -j too, what draws on the tables waits for those that are made
+results figures: $(INSTALLED) $(filter tables,$(MAKECMDGOALS))
+
+results:
 	$(PY) gen_results.py
 
-figures: $(INSTALLED)
+figures:
 	$(PY) gen_figures.py --datasets $(DATASET) $(FOLDER) $(FIGURE_ARGS)
 
 # --- checks ------------------------------------------------------------------------------------------------------

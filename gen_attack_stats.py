@@ -55,7 +55,7 @@ def main(args):
         print("warning: --out_dataset and --out_dir have no use without --out_seeds 1", file=sys.stderr)
     stem = Path(args.output or model_paths.table(1, f"{'_'.join(args.datasets)}_{model_paths.stamp()}"))
     backups = {dataset: model_paths.backup(stem, dataset) for dataset in args.datasets}
-    files.check_writable(stem, *tables.files_of(stem), *backups.values(), model_paths.BACKUP / ".attack")
+    files.check_writable(stem, *tables.files_of(stem), *backups.values())
     jobs = {dataset: prepare(dataset, args, device) for dataset in args.datasets}      # all checks before any work
     files.lock(stem)
     rows, notes, written, finished = {}, [f"command: {records.of(args)['command']}"], [], []
@@ -71,7 +71,7 @@ def main(args):
         tested = {label: evaluation.evaluate(model, on_device, at_once) for label, model in models.items()}
         chosen = torch.randperm(len(test), generator=torch.Generator().manual_seed(args.seed))[:params.ATTACK_IMAGES]
         images = test.floats(chosen)
-        folders = {label: unit_folder(dataset, label, model, ccu, seeds, images, args)
+        folders = {label: unit_folder(stem, dataset, label, model, ccu, seeds, images, args)
                    for label, model in models.items()}
         finished += folders.values()
         parallel.barrier()      # rank 0 has emptied the folders
@@ -90,7 +90,7 @@ def main(args):
                 rows[dataset, label] |= certify(model, seeds.to(device), radii, scores_in)
                 if (bound := rows[dataset, label]["bound"]) is not None:
                     notes.append(f"{dataset}, {label}: MMC {rows[dataset, label]['MMC']:.4f} <= {bound:.4f} certified")
-        notes += [f"{dataset}: {describe_balls(args, radii)}", *tables.model_notes(models)]
+        notes += [f"{dataset}: {describe_balls(args, radii)}", *records.model_notes(models)]
         notes += [f"{label}: attacked by way of log(confidence - 1/M), since the score itself is flat far out"
                   for label, model in models.items() if isinstance(model, CCU)]
         written.append(files.save({
@@ -213,12 +213,12 @@ def merge(paths) -> dict:
     return {key: torch.cat([unit[key] for unit in units]) for key in units[0]}
 
 
-def unit_folder(dataset, label, model, ccu, seeds, images, args):
+def unit_folder(stem, dataset, label, model, ccu, seeds, images, args):
     """Where a model's finished batches are kept: named after all that decides them, emptied unless --resume 1.
 
     The radii stand there as what they come from: their last digits differ on another machine or number of threads.
     """
-    folder = model_paths.attack_units(dataset, label, files.digest(
+    folder = model_paths.attack_units(stem, dataset, label, files.digest(
         FORMAT, dataset, label, args.steps, args.restarts, args.alpha, args.batch_size, args.seed, seeds, images, model,
         model.spec, ccu, args.radius, args.certificate, params.RATIO))
     files.lock(folder)

@@ -76,7 +76,7 @@ def main(args):
     record = records.of(args)
     notes = [f"command: {record['command']}",
              "test error (%): " + ", ".join(f"{label} {error:.2f}" for label, error in test_errors.items()),
-             *doubts, *tables.model_notes(models), "average precision and FPR at 95 % TPR: OOD is the positive class"]
+             *doubts, *records.model_notes(models), "average precision and FPR at 95 % TPR: OOD is the positive class"]
     written = []
     for each, (title, table) in zip(stems, made, strict=True):
         written += tables.write(table, each, f"Table 2, {args.dataset}: {title}", notes)

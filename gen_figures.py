@@ -11,13 +11,15 @@ import os
 import sys
 from pathlib import Path
 
-from utils import cli
+import model_paths
+from utils import cli, files
 from utils.errors import UserError
 
 NOTEBOOKS = Path(__file__).parent / "notebooks"
 
 
 def main(args):
+    files.check_writable(model_paths.figure("Figure1_TwoMoons"))
     draw("Figure1_TwoMoons")
     drawn = [d for d in args.datasets if draw("Figure2_Samples", dataset=d)]
     if drawn:       # the others are named already

@@ -17,7 +17,7 @@ from tqdm import tqdm
 import model_paths
 import params
 from models import PCAMetric
-from utils import cli, files
+from utils import checkpoints, cli, files
 from utils.batches import Augmentation, ImageSet, augment
 from utils.data import load_in_dist
 from utils.errors import UserError
@@ -77,7 +77,7 @@ def main(args):
                 "variances": [gmm_in.logvar[0].exp().item(), gmm_out.logvar[0].exp().item()],
                 "log_likelihoods": [fit_in.log_likelihoods[-1], fit_out.log_likelihoods[-1]],
                 "seconds": time.monotonic() - start}
-        files.save_mixtures(gmm_in, gmm_out, path, meta)
+        checkpoints.save_mixtures(gmm_in, gmm_out, path, meta)
         for state in states:
             state.remove()
         print(f"n = {n}: in-variance {meta['variances'][0]:.4g} (log-likelihood {meta['log_likelihoods'][0]:.1f} per "
@@ -94,7 +94,7 @@ def is_there(options: dict, path: Path) -> bool:
     """Whether the mixtures are finished: fitted with these options, and no state left by a run that was killed."""
     if not path.exists():
         return False
-    meta = files.load_mixtures(path, "start without --resume")[2]
+    meta = checkpoints.load_mixtures(path, "start without --resume")[2]
     return meta | options == meta and not any(state.exists() for state in model_paths.em_states(path))
 
 

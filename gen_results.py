@@ -188,7 +188,7 @@ def over_seeds(figures: pd.DataFrame, runs: dict) -> pd.DataFrame:
     cells: dict[str, list] = {}
     for label in dict.fromkeys(map(model_paths.without_seed, figures)):
         names = [name for name in figures if model_paths.without_seed(name) == label]
-        alike = (len({tables.how_made(runs[name] | {"seed": None}) for name in names}) == 1
+        alike = (len({records.how_made(runs[name] | {"seed": None}) for name in names}) == 1
                  and len({runs[name].get("seed") for name in names}) == len(names))
         groups = {label: names} if alike else {name: [name] for name in names}
         for column, group in groups.items():
@@ -223,7 +223,7 @@ def published(row: str) -> str:
 
 def how(name: str, runs: dict) -> str:
     """How the models were made, how long it took, where; the attack's balls; the commands."""
-    lines = [f"{', '.join(labels)}: {way}." for way, labels in tables.by_making(runs).items()]
+    lines = [f"{', '.join(labels)}: {way}." for way, labels in records.by_making(runs).items()]
     timed = {label: run for label, run in runs.items() if "seconds" in run}
     machines = set(map(on, timed.values()))
     if timed:

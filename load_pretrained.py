@@ -14,7 +14,7 @@ import torch
 import model_paths
 import params
 from models import CCU, GMM, PCAMetric, Softmax, build_classifier
-from utils import cli, files
+from utils import checkpoints, cli, files
 from utils.errors import UserError
 
 
@@ -30,7 +30,7 @@ def main(args):
         raise UserError(f"{args.pretrained} is no state dict of a CCU model for {args.dataset}: {error}") from error
     if path.exists() and not args.overwrite:
         raise UserError(f"{path} exists; --overwrite 1 replaces it, --label NAME puts the new one beside it")
-    files.save_model(model, path, {"dataset": args.dataset, "label": args.label, "train_type": "CEDA_GMM",
+    checkpoints.save_model(model, path, {"dataset": args.dataset, "label": args.label, "train_type": "CEDA_GMM",
                                    "source": "the authors' weights"})
     print(f"{model.gmm_in.components} + {model.gmm_out.components} centroids, log lambda {model.loglam:.3g}\n"
           f"wrote {path}")
@@ -41,11 +41,11 @@ def from_authors(state: dict, dataset: params.Dataset) -> CCU:
 
     Raises ValueError with the first key that is missing, superfluous, misshapen, or at odds with another.
     """
-    files.check_state_dict(state)
+    checkpoints.check_state_dict(state)
     D = dataset.channels * dataset.size ** 2
     state = dict(state)
     network = Softmax(build_classifier(dataset.arch, dataset.channels, dataset.size, dataset.classes))
-    files.load_state(network, {key: state.pop(key) for key in list(state) if key.startswith("base_model.")})
+    checkpoints.load_state(network, {key: state.pop(key) for key in list(state) if key.startswith("base_model.")})
 
     def take(key: str, *shape: int | None) -> torch.Tensor:
         if key not in state:

@@ -104,9 +104,10 @@ def log_dir(dataset: str, label: str) -> Path:
     return LOGS / dataset / f"{label}_{stamp()}"
 
 
-def attack_units(dataset: str, label: str, digest: str) -> Path:
-    """The folder of a running attack's finished batches; `digest` stands for all that decides them."""
-    return BACKUP / f".attack_{dataset}_{label}_{digest}"
+def attack_units(stem: str | Path, dataset: str, label: str, digest: str) -> Path:
+    """The folder of a running attack's finished batches, beside the backup of its table `stem`; `digest` stands for
+    all that decides them."""
+    return backup(stem).parent / f".attack_{dataset}_{label}_{digest}"
 
 
 def backup(stem: str | Path, dataset: str | None = None) -> Path:

@@ -22,7 +22,7 @@ import torch
 import model_paths
 import params
 from models import CCU, DE, EDL, MCD, Detector, Softmax, build_classifier
-from utils import cli, files, objectives, parallel, records
+from utils import checkpoints, cli, files, objectives, parallel, records
 from utils.batches import Augmentation
 from utils.calibration import calibrate
 from utils.data import load_in_dist
@@ -108,7 +108,7 @@ def main(args):
         chosen = {name: getattr(model, name).item() for name in history[0] if name != "auroc"}
         meta |= chosen
         print(", ".join(f"{name} {value:.4g}" for name, value in chosen.items()))
-    files.save_model(model, path, meta)
+    checkpoints.save_model(model, path, meta)
     record = records.of(args, **meta, seconds=seconds, history=history)
     files.write_json(model_paths.run_record(path), record)
     for _, _, state in networks:
@@ -129,13 +129,14 @@ def train_network(args, seed, name, state_path, data, out, base, mixtures) -> tu
     torch.manual_seed(seed)
     device = data.images.device
     model = make_model(args, args.network, seed, data, base, mixtures)
-    files.check_rebuilds(model)
+    checkpoints.check_rebuilds(model)
     model = parallel.sync_batch_norms(model.to(device), device)
     objective = objectives.make(args.train_type, args.loglam, args.fit_out, args.steps, data.images)
     settings = Settings(args.optimizer, args.lr, args.lr_gmm, args.decay, tuple(args.grad_vars), args.epochs,
                         args.batch_size, seed)
     augmentation = Augmentation.of(params.DATASETS[args.dataset]) if args.augm_flag else None
-    options = decisive(args, out and out.name)
+    options = decisive(args, out and out.name) | {      # a folder may have changed since
+        "class_names": list(data.class_names), "images": [len(data), out and len(out)]}
     if mixtures:
         options["gmm_path"] = f"of {files.digest(*mixtures[:2])}"       # the file may have been written anew
     logs = model_paths.log_dir(args.dataset, name)
@@ -162,7 +163,7 @@ def is_there(path, args, out_name, mixtures) -> bool:
             or any(made.get(key) != value for key, value in decisive(args, out_name).items())):
         return False
     try:        # is the record this model's?
-        return files.load_model(path).meta.get("test_error") == record.get("test_error")
+        return checkpoints.load_model(path).meta.get("test_error") == record.get("test_error")
     except UserError:       # none, or a damaged one
         return False
 
@@ -173,7 +174,7 @@ def first(*values):
 
 
 def check(args) -> None:
-    """Refuse options that only make sense together; fill in use_gmm and members."""
+    """Refuse options that only make sense together; fill in use_gmm."""
     ccu = args.train_type == "CEDA_GMM"
     if args.use_gmm is None:
         args.use_gmm = ccu
@@ -181,14 +182,11 @@ def check(args) -> None:
         raise UserError("--use_gmm 1 and --train_type CEDA_GMM go together")
     if args.fit_out and args.train_type not in ("CEDA_GMM", "ACET"):
         raise UserError("--fit_out 1 goes with --train_type CEDA_GMM (CCU) or ACET")
-    if args.members is not None and args.train_type != "DE":
-        raise UserError("--members goes with --train_type DE")
     if args.warmstart and args.train_type in ("MCD", "DE", *params.CALIBRATED):
         raise UserError(f"--warmstart 1 starts one network from Base's weights: --train_type {args.train_type} has no "
                         "use for them")
     if args.gmm_path and not ccu:
         raise UserError("--gmm_path goes with --train_type CEDA_GMM")
-    args.members = first(args.members, params.MEMBERS)
 
 
 def fill_in(args) -> None:
@@ -205,7 +203,7 @@ def unused_options(args) -> list[str]:
     """The options that were given and that this method has no use for."""
     calibrated = args.train_type in params.CALIBRATED
     names = ["out_dataset", "out_dir"] * (not objectives.takes_out_images(args.train_type, args.fit_out))
-    names += ["steps"] * (args.train_type != "ACET")
+    names += ["steps"] * (args.train_type != "ACET") + ["members"] * (args.train_type != "DE")
     names += ["PCA", "metric", "n", "lr_gmm", "grad_vars"] * (args.train_type != "CEDA_GMM")
     names += ["epochs", "amp", "lr", "decay", "arch"] * calibrated
     names += ["loglam"] * (calibrated or args.train_type in ("OE", "EDL", "GAN"))
@@ -217,7 +215,7 @@ def load_mixtures(args, out_name):
     """gmm_in, gmm_out and how they were fitted."""
     name, n = cli.metric_name(args), first(args.n, params.CENTROIDS)
     path = args.gmm_path or model_paths.mixtures(args.dataset, name, n, out_name)
-    gmm_in, gmm_out, meta = files.load_mixtures(path, (
+    gmm_in, gmm_out, meta = checkpoints.load_mixtures(path, (
         f"fit the mixtures: python gen_gmm.py --dataset {args.dataset} --data_dir {shlex.quote(args.data_dir)} --PCA "
         f"{int(args.PCA)} --metric {args.metric} --n {n} --augm_flag {int(args.augm_flag)} "
         f"--out_dataset {out_name}" + (f" --out_dir {shlex.quote(args.out_dir)}" if args.out_dir else "")
@@ -286,7 +284,7 @@ def parser() -> cli.Parser:
     p.add_argument("--warmstart", type=cli.flag, default=False, help="1 = start from the Base model's weights (0)")
     p.add_argument("--steps", type=cli.integer(1), default=params.ACET_STEPS,
                    help=f"gradient steps of ACET's attack ({params.ACET_STEPS})")
-    p.add_argument("--members", type=cli.integer(1), help=f"networks of DE ({params.MEMBERS})")
+    p.add_argument("--members", type=cli.integer(1), default=params.MEMBERS, help=f"networks of DE ({params.MEMBERS})")
     p.add_argument("--label", type=cli.name, help="label in the tables and name of the file (by train type)")
     p.add_argument("--amp", type=cli.flag, default=False, help="1 = classifier in bf16 (0)")
     p.add_argument("--verbose", type=cli.flag, default=False, help="1 = TensorBoard scalars of every step, not only "

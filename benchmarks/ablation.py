@@ -23,8 +23,9 @@ import torch
 import model_paths
 import params
 from models import CCU, certified_radius
-from utils import cli, files, records, tables
+from utils import checkpoints, cli, files, records, tables
 from utils.data import load_in_dist
+from utils.images import list_images
 from utils.records import ROOT
 
 VARIANTS = {        # label -> metric, mixtures, centroids
@@ -42,6 +43,9 @@ def main(args):
     name = args.name or args.dataset
     stem = model_paths.RESULTS / f"ablation_{name}"
     files.check_writable(stem, *tables.files_of(stem))
+    test = load_in_dist(args.dataset, "test", args.data_dir, args.download, args.image_size)
+    for _, images in args.ood:      # is it there?
+        list_images(images)
     folder = Path("ablation") / name
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -80,16 +84,15 @@ def main(args):
 
     auc = pd.read_csv(folder / "table2.csv", header=[0, 1], index_col=0)
     auc = auc.xs("AUC", axis=1, level=1).drop(index="orig")
-    test = load_in_dist(args.dataset, "test", args.data_dir, args.download, args.image_size)
     noise = torch.rand(SEEDS, *test.images.shape[1:], generator=torch.Generator().manual_seed(args.seed))
     rows = {}
     for label in ("Base", *VARIANTS):
-        model = files.load_model(folder / model_paths.model(args.dataset, label))
+        model = checkpoints.load_model(folder / model_paths.model(args.dataset, label))
         rows[label] = {"TE": model.meta["test_error"], **auc[label].rename(lambda ood: f"AUC {ood}"),
                        "AUC mean": auc[label].mean(), **radii(model, noise, test.floats())}
     table = pd.DataFrame(rows, dtype=float).T
     notes = [f"command: {records.of(args)['command']}",
-             f"all models: {tables.how_made(model.meta | {'out_dir': args.out_dir, 'mixtures': None})}",
+             f"all models: {records.how_made(model.meta | {'out_dir': args.out_dir, 'mixtures': None})}",
              "R: median radius (tight, ratio 1.1) around uniform noise, in units of the metric; R / distance: its "
              "median share (%) of the distance to the closest test image; R > 0: share of seeds (%)"]
     title = f"Ablation, {name}"

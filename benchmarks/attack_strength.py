@@ -21,8 +21,9 @@ from models import CCU, PCAMetric, certified_radius
 from utils import cli
 from utils.attack import score_and_gradient
 from utils.data import load_in_dist
+from utils.errors import UserError
 from utils.region import Coordinates, Region
-from utils.registry import load_ccu, load_models
+from utils.registry import check_fit, load_ccu, load_models
 
 CHECKPOINTS = (10, 25, 50, 100)
 FRACTIONS = (1.0, 0.02, 0.003)
@@ -82,8 +83,12 @@ def main(args):
     test = load_in_dist(args.dataset, "test", args.data_dir, args.download, args.image_size)
     models = load_models(args.dataset, args.models, device)
     ccu = load_ccu(args.dataset, "CCU", device)
+    check_fit(models | {"CCU": ccu}, test)
     seeds = torch.rand(args.n, *test.images.shape[1:], generator=torch.Generator().manual_seed(args.seed)).to(device)
     radii = certified_radius(ccu, seeds, method="paper")
+    if zero := int((radii == 0).sum()):
+        raise UserError(f"nothing is certified around {zero} of {len(radii)} seeds, where no attack can move: choose "
+                        "another --seed, or another CCU")
     steps, metric = max(CHECKPOINTS), ccu.gmm_in.metric
     coordinates = Coordinates(metric)
     for fraction in FRACTIONS:

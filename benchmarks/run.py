@@ -4,12 +4,13 @@
     python benchmarks/run.py --gpu 0        # a GPU
     python benchmarks/run.py --quick 1      # few repeats, small sizes: does it run?
 
-What is compared runs in turn, in one process, and medians count; the naive step, memory, and an epoch in two processes
-are measured in processes of their own.  Prints a table and one JSON line a figure, and writes these to
-results/benchmark_<machine>.json.  Where the target is an upper limit, a ratio is ours / baseline, where it is a
-lower one, how many times better ours is.  The baselines (baselines.py) are simple: naive = rotate every difference of
-an image and a centroid, as the published code does; scikit-learn's fit; scipy's brentq, point by point; a DataLoader
-with PIL transforms.  Nothing else should run beside it.  About 15 minutes on two cores.
+What is compared runs in turn, in one process, and medians count; but the naive step, memory, and an epoch in two
+processes are measured in processes of their own, and the fits, the loader with PIL and brentq once each.  Prints a
+table and one JSON line a figure, and writes these to results/benchmark_<machine>.json.  Where the target is an upper
+limit, a ratio is ours / baseline, where it is a lower one, how many times better ours is.  The baselines (baselines.py)
+are simple: naive = rotate every difference of an image and a centroid, as the published code does; scikit-learn's fit;
+scipy's brentq, point by point; a DataLoader with PIL transforms.  Nothing else should run beside it.  About 15 minutes
+on two cores.
 """
 
 import json
@@ -22,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from functools import partial
 from pathlib import Path
 
@@ -31,17 +31,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import torch
 from baselines import NaiveCCU, brentq_radius, pil_epoch
-from measure import Operations, Report, in_child, interleaved, reset_peak, several, status, synchronise
+from fits import gmm_fits
+from measure import Operations, Report, in_child, interleaved, reset_peak, several, status
 
 import params
 from models import CCU, GMM, PCAMetric, Softmax, build_classifier, certified_radius
 from utils import cli, files, records
 from utils.attack import ascend, attack, score_and_gradient
 from utils.batches import Augmentation, ImageSet, batches
-from utils.data import load_in_dist
-from utils.errors import MissingData
 from utils.evaluation import evaluate
-from utils.fit import em, fit_gmm, kmeans_start
 from utils.objectives import CEDA, CEDA_GMM, Plain
 from utils.region import Coordinates, Region
 from utils.state import State
@@ -260,79 +258,6 @@ def certificates(report: Report, device: torch.device, quick: bool) -> None:
                    least=300 if method == "paper" else None)
 
 
-def gmm_fits(report: Report, device: torch.device, quick: bool, data_dir: str) -> None:
-    """60,000 x 784, K = 100, to the same log-likelihood as scikit-learn; and the memory of 50,000 x 3,072."""
-    from sklearn.mixture import GaussianMixture
-    try:
-        X, source = load_in_dist("MNIST", "train", data_dir).floats().flatten(1), "MNIST"
-    except MissingData:
-        X, source = synthetic(60_000, 784), "synthetic"
-    X = X[:3_000] if quick else X
-    metric = PCAMetric.fit(X)
-    z = metric.transform(X)
-    z -= z.mean(0)
-    z_device = z.to(device)
-    K_, reg = (10 if quick else K), params.REG_COVAR
-
-    z_device[:K_] @ z_device[:K_].T         # a GPU's first product takes its time
-    synchronise(device)
-
-    def ours():
-        start = kmeans_start(z_device, K_, 0, reg)
-        return em(z_device, start, reg, update_weights=True, tol=1e-3, max_iter=200)
-    start = time.perf_counter()
-    fit = ours()
-    synchronise(device)
-    seconds = time.perf_counter() - start
-    start = time.perf_counter()
-    theirs = GaussianMixture(K_, covariance_type="spherical", reg_covar=reg, tol=1e-3, max_iter=200,
-                             random_state=0).fit(z.numpy())
-    baseline = time.perf_counter() - start
-    likelihoods = {"ours": fit.log_likelihoods[-1], "scikit-learn": float(theirs.score(z.numpy()))}
-    report.add("gmm_fit", seconds, "s", baseline, baseline / seconds, least=3, data=source, images=len(X),
-               log_likelihood=likelihoods, iterations={"ours": len(fit.log_likelihoods) - 1,
-                                                       "scikit-learn": int(theirs.n_iter_)})
-    # from the same start, step for step
-    shared = kmeans_start(z_device, K_, 0, reg)
-    count = min(10, int(theirs.n_iter_))
-    start = time.perf_counter()
-    fit = em(z_device, shared, reg, update_weights=True, tol=0, max_iter=count)
-    synchronise(device)
-    seconds = time.perf_counter() - start
-    theirs = GaussianMixture(K_, covariance_type="spherical", reg_covar=reg, tol=0, max_iter=count, random_state=0,
-                             means_init=shared.means.cpu().numpy(), weights_init=shared.weights.cpu().numpy(),
-                             precisions_init=1 / shared.variances.cpu().numpy(), init_params="random_from_data")
-    start = time.perf_counter()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")         # that it has not converged is meant
-        theirs.fit(z.numpy())
-    baseline = time.perf_counter() - start
-    report.add("gmm_fit, EM alone from one start", seconds, "s", baseline, baseline / seconds, data=source,
-               iterations=count, log_likelihood={"ours": fit.log_likelihoods[-1],
-                                                 "scikit-learn": float(theirs.score(z.numpy()))})
-    if not quick:
-        report.add("gmm_fit, memory of 50,000 x 3,072", in_child(peak_of_fit, 50_000, 3_072) / 2 ** 30, "GiB",
-                   most=8)
-
-
-def synthetic(n: int, D: int) -> torch.Tensor:
-    """Images-like vectors [n, D] in [0, 1] whose variance falls off as a power of the component."""
-    generator = torch.Generator().manual_seed(0)
-    basis = torch.randn(100, D, generator=generator) / torch.arange(1, 101)[:, None]
-    return torch.cat([(torch.randn(len(block), 100, generator=generator) @ basis / 4 + 0.5 +
-                       0.02 * torch.randn(len(block), D, generator=generator)).clamp_(0, 1)
-                      for block in torch.arange(n).split(5_000)])
-
-
-def peak_of_fit(n: int, D: int) -> int:
-    """Peak bytes of a process that makes the images, fits metric and mixture, and has loaded PyTorch for it."""
-    X = synthetic(n, D)
-    metric = PCAMetric.fit(X)
-    fit_gmm(metric.transform(X), metric, K, params.REG_COVAR, 0)
-    import resource
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 def evaluation(report: Report, device: torch.device, quick: bool) -> None:
     """Images a second of CCU against its bare network."""
     for arch, (channels, size, _) in NETWORKS.items():
@@ -397,7 +322,8 @@ def main(args):
     device = cli.device(-1 if args.gpu is None else args.gpu)
     machine = describe(device)
     path = args.output or records.ROOT / "results" / f"benchmark_{slug(machine)}.json"
-    files.check_writable(path)
+    partial_path = Path(f"{path}.partial")
+    files.check_writable(path, partial_path)
     report, record = Report(machine), records.of(args)
     keep = args.output or not (args.quick or args.only)
     record = {key: record[key] for key in ("command", "options", "commit", "time")}
@@ -406,11 +332,11 @@ def main(args):
         if section != "gmm_fits":       # as training, evaluation and attack do
             cli.keep_freed_memory()
         SECTIONS[section](report, device, args.quick, *more)
-        if keep:        # what a later section breaks off with leaves these
-            files.write_json(path, record | {"machine": machine, "figures": report.figures})
+        if keep:        # what a later section breaks off with leaves these, and an earlier run's file whole
+            files.write_json(partial_path, record | {"machine": machine, "figures": report.figures})
     print(f"\n{report.table()}\n")
     if keep:
-        print(f"wrote {path}")
+        print(f"wrote {partial_path.replace(path)}")
 
 
 def describe(device: torch.device) -> dict:
@@ -425,7 +351,7 @@ def slug(machine: dict) -> str:
 
 
 def parser() -> cli.Parser:
-    p = cli.Parser(__doc__).common(gpu="GPU to use (default: the CPU)")
+    p = cli.Parser(__doc__).gpu("GPU to use (default: the CPU)").data_dir()
     p.add_argument("--quick", type=cli.flag, default=False, help="1 = few repeats and small sizes; writes only where "
                    "--output says (0)")
     p.add_argument("--only", nargs="+", choices=tuple(SECTIONS), help="some sections; writes only where --output says")

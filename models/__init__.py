@@ -9,28 +9,28 @@ from models.detectors import DE, EDL, MCD, ODIN, Detector, Maha, Softmax
 from models.gmm import GMM
 from models.metric import PCAMetric
 
+# kind in a spec -> the class that its settings make
+DETECTORS = {cls.__name__: cls for cls in (EDL, MCD, ODIN, Maha, Softmax)}
+
 
 def build(spec: dict) -> Detector:
     """The detector that `spec` describes; load a state dict to give it its weights."""
-    kind = spec["kind"]
+    settings = dict(spec)
+    kind, classifier = settings.pop("kind"), settings.pop("base_model")
     if kind == "DE":
-        return DE([build_classifier(**spec["base_model"]) for _ in range(spec["members"])])
-    base_model = build_classifier(**spec["base_model"])
-    alone = {"Softmax": Softmax, "EDL": EDL, "ODIN": ODIN}
-    if kind in alone:
-        return alone[kind](base_model)
-    if kind == "MCD":
-        return MCD(base_model, spec["passes"])
-    if kind == "Maha":
-        return Maha(base_model, spec["features"], spec["classes"])
+        return DE([build_classifier(**classifier) for _ in range(spec["members"])])
+    base_model = build_classifier(**classifier)
     if kind == "CCU":
         D = spec["dim"]
         metric = PCAMetric(torch.empty(D, D), torch.empty(D))
         gmms = [GMM(torch.empty(K, D), torch.empty(K), torch.empty(K), metric) if K else None
                 for K in (spec["components_in"], spec["components_out"])]
         return CCU(base_model, *gmms, 0.0, spec["classes"])
-    raise ValueError(f"unknown kind of model {kind!r}")
+    if kind not in DETECTORS:
+        raise ValueError(f"unknown kind of model {kind!r}; known: CCU, DE, {', '.join(DETECTORS)}")
+    return DETECTORS[kind](base_model, **settings)
 
 
-__all__ = ["CCU", "CLASSIFIERS", "DE", "Detector", "EDL", "GMM", "LeNet", "MCD", "Maha", "Normalised", "ODIN",
-           "PCAMetric", "ResNet18", "Softmax", "build", "build_classifier", "certified_radius", "confidence_bound"]
+__all__ = ["CCU", "CLASSIFIERS", "DE", "DETECTORS", "Detector", "EDL", "GMM", "LeNet", "MCD", "Maha", "Normalised",
+           "ODIN", "PCAMetric", "ResNet18", "Softmax", "build", "build_classifier", "certified_radius",
+           "confidence_bound"]

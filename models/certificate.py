@@ -30,7 +30,7 @@ With p(x|o) = 1 (single mixture) both methods are U(R), exact for each k.
 All is float64 and reduces to squared distances between x0, mu_k and nu_l.  Rounding goes to the safe side:
 with unit roundoff u and sums of n terms, z is off by at most u n |V/sqrt(s)|_F |x|, which is added to R;
 a squared distance by u n (|a| + |b|)^2, which times the precisions is added to log b (`slack`), or to the square
-itself where its root counts (log_L_terms, length).
+itself where its root counts (log_L, length).
 """
 
 import copy
@@ -132,15 +132,16 @@ class Balls:
         nearest = (self.d2_in.sqrt() - R[:, None]).clamp_min(0)
         return (self.m.log_c_in - nearest.square() / 2 * self.m.prec_in).logsumexp(1)
 
-    def log_L_terms(self, R: Tensor) -> Tensor:
-        """log beta_l e_l exp( -(d(x0, nu_l) + R)^2 / 2 theta_l^2 )  [B, L], with d rounded up."""
-        # near nu_l the root of d^2's small error is large, and is multiplied by R
-        error = self.eps * self.size.square()[:, None]
+    def log_L_terms(self, R: Tensor, error: float | Tensor = 0.0) -> Tensor:
+        """log beta_l e_l exp( -(d(x0, nu_l) + R)^2 / 2 theta_l^2 )  [B, L], with d^2 + error for d^2."""
         return self.m.log_c_out - ((self.d2_out + error).sqrt() + R[:, None]).square() / 2 * self.m.prec_out
 
     def log_L(self, R: Tensor) -> Tensor:
-        """log L(R), the logarithm of the sum over l [B]; 0 for the single mixture."""
-        return torch.zeros_like(R) if self.m.single else self.log_L_terms(R).logsumexp(1)
+        """log L(R), the logarithm of the sum over l [B], rounded down; 0 for the single mixture."""
+        if self.m.single:
+            return torch.zeros_like(R)
+        # near nu_l the root of d^2's small error is large, and is multiplied by R
+        return self.log_L_terms(R, self.eps * self.size.square()[:, None]).logsumexp(1)
 
     # The tight bound
 
@@ -179,7 +180,7 @@ class Balls:
         (3) for the largest k.
         """
         m, R = self.m, share * self.d2_in.amin(1, keepdim=True).sqrt()          # [B, 1]
-        q = self.log_L_terms(R[:, 0]).softmax(1)
+        q = self.log_L_terms(R[:, 0]).softmax(1)        # whatever the margin, so that a larger one bounds higher
         h, norm, a, peak = self.quadratic(q)
         k = ball_max(h, norm, a, peak, R).argmax(1, keepdim=True)               # [B, 1]
         t, norm, a, prec_in = torch.minimum(R, peak.gather(1, k)), norm.gather(1, k), a.gather(1, k), m.prec_in[k]

@@ -269,7 +269,7 @@ def test_goes_on_from_a_state_unless_an_eigenvector_has_another_sign(tmp_path, s
     with pytest.raises(Stop):
         utils_attack.attack(Function(score), coordinates, generator=gen(0), state=state, **options)
     saved = state.load()
-    assert saved["finished"] == 1 and saved["search"][0] == 6
+    assert saved["finished"] == 1 and saved["search"]["taken"] == 6
     coordinates.forward[:, 3] *= sign
     coordinates.backward[3] *= sign
     calls, limit = 0, 100

@@ -15,10 +15,12 @@ import pandas as pd
 import pytest
 import run
 import torch
+from PIL import Image
 from scipy.optimize import minimize
 
-from models import PCAMetric
-from utils import load_model
+from models import PCAMetric, Softmax, build_classifier
+from utils import load_model, save_model
+from utils.errors import UserError
 from utils.objectives import CEDA_GMM
 
 
@@ -34,6 +36,20 @@ def test_figures_have_a_name_a_unit_a_target_and_the_machine(tmp_path, monkeypat
     assert paper["ratio"] == pytest.approx(paper["value"] / paper["baseline"])
     assert loader["target"] == ">= 30" and loader["met"] == (loader["ratio"] >= 30)
     assert paper["torch"] == torch.__version__ and "wrote figures.json" in printed
+
+
+def test_an_interrupted_benchmark_leaves_an_earlier_ones_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("figures.json").write_text("earlier")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setitem(run.SECTIONS, "loader", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.main(run.parser().parse_args(shlex.split("--quick 1 --only certificates loader --output figures.json")))
+    assert Path("figures.json").read_text() == "earlier"
+    written = json.loads(Path("figures.json.partial").read_text())
+    assert [figure["name"] for figure in written["figures"]] == ["certificate, paper", "certificate, tight"]
 
 
 def test_the_naive_step_is_the_same_step():
@@ -88,6 +104,21 @@ def test_attack_strength_tells_shares_and_scores(digits_run, monkeypatch, capsys
         assert few <= many <= 0 and "plain, best step size" in block and "attack needs" in block
 
 
+def test_attack_strength_refuses_what_it_cannot_compare(digits_run, tmp_path, monkeypatch):
+    shutil.copytree(digits_run / "checkpoints", tmp_path / "checkpoints")
+    monkeypatch.chdir(tmp_path)
+    ccu = load_model("checkpoints/Digits/CCU.pt")
+    args = attack_strength.parser().parse_args(shlex.split("--dataset Digits --n 2 --gpu -1"))
+    with torch.no_grad():
+        ccu.gmm_in.logvar.fill_(10.0)           # so wide that nothing is certified
+    save_model(ccu, "checkpoints/Digits/CCU.pt")
+    with pytest.raises(UserError, match="nothing is certified around 2 of 2 seeds"):
+        attack_strength.main(args)
+    save_model(Softmax(build_classifier("ResNet18", 3, 32, 10)), "checkpoints/Digits/Base.pt", {})
+    with pytest.raises(UserError, match="Base"):
+        attack_strength.main(args)
+
+
 def test_the_ablation_starts_the_scripts_with_its_options(tmp_path, monkeypatch):
     """In its own folder, so that paths lead out of it; a script that fails ends it."""
     commands = []
@@ -99,6 +130,12 @@ def test_the_ablation_starts_the_scripts_with_its_options(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     args = ablation.parser().parse_args(shlex.split(
         "--dataset Digits --epochs 2 --amp 1 --out_dataset Folder --out_dir photos --ood A=a B=b/c"))
+    with pytest.raises(UserError, match="no images in a"):
+        ablation.main(args)
+    assert not commands and not list(Path().iterdir())
+    for folder in ("a", "b/c"):
+        Path(folder).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(f"{folder}/x.png")
     with pytest.raises(SystemExit) as stop:
         ablation.main(args)
     *others, evaluation = commands

@@ -14,7 +14,7 @@ from scipy.special import logsumexp
 
 from models import CCU, GMM, PCAMetric, Softmax, certified_radius, confidence_bound
 from models.certificate import Balls, Mixtures, ball_max, peak_of
-from utils.files import load_model
+from utils.checkpoints import load_model
 
 VARIANCES = ("4x", "larger", "any", "equal", "nearly")     # the out-variances against the in-variances
 
@@ -489,6 +489,20 @@ def test_radius_is_the_largest_that_holds(ccu, seed, method):
         assert (R[~centre] == 0).all()
         beyond = confidence_bound(ccu, x, R * (1 + 1e-8) + 1e-11, method)
         assert ((beyond > ratio / M) | (everywhere < R))[centre].all()
+
+
+@pytest.mark.parametrize("method", ["tight", "paper"])
+def test_the_radius_at_a_centroid_of_the_out_mixture_is_confirmed(method):
+    """There the allowance for rounding is largest, and a radius is found with another than it is confirmed with."""
+    certified = 0
+    for seed in range(60):
+        ccu = make_ccu(seed, D=1 + seed % 7, K=3, L=3, variances=VARIANCES[seed % 5])
+        nu = ccu.gmm_out.mu.detach()
+        for ratio in (1.1, 2.0, 5.0):
+            R = certified_radius(ccu, nu, ratio, method)
+            assert (confidence_bound(ccu, nu, R, method)[R > 0] <= ratio / 10).all()
+            certified += (R > 0).sum().item()
+    assert certified > 100
 
 
 def test_tight_radius_is_never_below_the_papers():

@@ -3,10 +3,10 @@
 import pandas as pd
 import pytest
 import torch
-from conftest import COLOURS, run_script, write_images
+from conftest import COLOURS, killed, run_script, write_images
 
 import gen_gmm
-from utils.files import load_mixtures, load_model
+from utils.checkpoints import load_mixtures, load_model
 from utils.images import list_images, read_images
 from utils.out_data import load_out
 
@@ -154,3 +154,18 @@ def test_few_images_for_the_metric_are_pointed_out(tmp_path, monkeypatch, capsys
     write_images(tmp_path / "images" / "test", 2, COLOURS, 1)
     run_script(f"gen_gmm.py {DATA} --PCA 1 --n 2")
     assert "24 images span no more than 23 directions" in capsys.readouterr().err
+
+
+def test_other_images_do_not_continue_a_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "test"):
+        write_images(tmp_path / "images" / split, 4, COLOURS, 0)
+    command = f"run_training.py {DATA} --train_type plain --epochs 1 --arch LeNet"
+    killed(monkeypatch, run_script, command)
+    photo = next((tmp_path / "images/train/red").iterdir())
+    photo.rename("photo")
+    assert "made with images [12, None], not [11, None]" in refusal(command + " --resume 1", capsys)
+    (tmp_path / "photo").rename(photo)
+    for split in ("train", "test"):         # its label would be another
+        (tmp_path / "images" / split / "red").rename(tmp_path / "images" / split / "a red")
+    assert "made with class_names ['blue', 'green', 'red']" in refusal(command + " --resume 1", capsys)

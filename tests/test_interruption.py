@@ -36,7 +36,7 @@ import utils.objectives
 import utils.state
 from models import CCU, GMM, PCAMetric, Softmax
 from models.classifiers import CLASSIFIERS, LeNet
-from utils import files
+from utils import checkpoints, files
 from utils.batches import ImageSet
 
 TRAIN = "run_training.py --dataset Digits --augm_flag 1 --batch_size 8"
@@ -99,7 +99,7 @@ def make_folder(name):
     mixtures = [GMM(torch.rand(2, 784), torch.full((2,), v), torch.full((2,), 0.5).log(), metric) for v in (-3.0, 1.0)]
     base = Small(1, 28, 10)
     for label, model in (("Base", Softmax(base)), ("CCU", CCU(base, *mixtures, 0.0, 10))):
-        files.save_model(model, model_paths.model("Digits", label), {"epochs": 0})
+        checkpoints.save_model(model, model_paths.model("Digits", label), {"epochs": 0})
     os.chdir("..")
 
 

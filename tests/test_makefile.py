@@ -56,6 +56,12 @@ def test_one_script_fetches_the_data_before_all_others(planned):
         assert planned("LABELS=CCU", f"ARGS={args}", there=["CCU"], target="checkpoints/Digits/.table1")[0] == scripts
 
 
+@pytest.mark.parametrize("page, script", [("results", "gen_results"), ("figures", "gen_figures")])
+def test_pages_are_made_of_the_tables_that_are_made_with_them(page, script, planned):
+    assert planned("tables", "LABELS=Base", target=page)[0][-1] == script
+    assert planned(target=page)[0] == [script]
+
+
 def test_a_model_that_is_there_is_kept_without_its_mixtures(planned):
     """The authors' CCU has none here."""
     assert planned("LABELS=Base CCU", there=["Base", "CCU"])[0] == ["gen_eval", "gen_attack_stats"]

@@ -29,7 +29,7 @@ from models import (
     Softmax,
     build_classifier,
 )
-from utils import calibration, cli, files, load_model, save_model
+from utils import calibration, checkpoints, cli, files, load_model, save_model
 from utils.batches import ImageSet
 from utils.data import load_in_dist
 from utils.errors import UserError
@@ -488,7 +488,7 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.setattr(params, "ODIN_TEMPERATURES", (1, 10))
     monkeypatch.setattr(params, "ODIN_EPS", (0.0, 0.002))
     metric = PCAMetric.euclidean(784)
-    files.save_mixtures(*(GMM(torch.rand(2, 784), torch.full((2,), v), torch.full((2,), -math.log(2)), metric)
+    checkpoints.save_mixtures(*(GMM(torch.rand(2, 784), torch.full((2,), v), torch.full((2,), -math.log(2)), metric)
                           for v in (-1.0, 1.0)), model_paths.mixtures("Digits", "pca", 2, "Photos"),
                         {"dataset": "Digits", "metric": "pca", "n": 2, "out_dataset": "Photos"})
     base = Softmax(CLASSIFIERS["LeNet"](1, 28, 10))
@@ -544,8 +544,8 @@ def test_a_label_with_a_seed_is_calibrated_on_the_base_of_that_seed(tiny, capsys
 
 def test_mixtures_of_another_folder_of_photos_are_refused(tiny, capsys):
     path = model_paths.mixtures("Digits", "pca", 2, "Folder")
-    gmm_in, gmm_out, meta = files.load_mixtures(model_paths.mixtures("Digits", "pca", 2, "Photos"), "")
-    files.save_mixtures(gmm_in, gmm_out, path, meta | {"out_dataset": "Folder", "out_dir": "here"})
+    gmm_in, gmm_out, meta = checkpoints.load_mixtures(model_paths.mixtures("Digits", "pca", 2, "Photos"), "")
+    checkpoints.save_mixtures(gmm_in, gmm_out, path, meta | {"out_dataset": "Folder", "out_dir": "here"})
     with pytest.raises(SystemExit):
         train(f"{model_paths.LABELS['CCU']} --n 2 --out_dataset Folder --out_dir there")
     assert "fitted with out_dir here, not there" in capsys.readouterr().err
@@ -559,10 +559,10 @@ def test_a_killed_run_does_not_go_on_with_other_mixtures(tiny, monkeypatch, caps
     ccu = model_paths.LABELS["CCU"] + " --n 2"
     killed(monkeypatch, train, ccu)
     path = model_paths.mixtures("Digits", "pca", 2, "Photos")
-    gmm_in, gmm_out, meta = files.load_mixtures(path, "")
+    gmm_in, gmm_out, meta = checkpoints.load_mixtures(path, "")
     with torch.no_grad():
         gmm_in.mu[0, 0] += 1e-3
-    files.save_mixtures(gmm_in, gmm_out, path, meta)
+    checkpoints.save_mixtures(gmm_in, gmm_out, path, meta)
     with pytest.raises(SystemExit):
         train(ccu + " --resume 1")
     assert "start without --resume" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from sklearn.mixture import GaussianMixture
 import gen_gmm
 from models import CCU, GMM, LeNet, PCAMetric
 from models.gmm import squared_distances
-from utils import files
+from utils import checkpoints
 from utils.data import load_in_dist
 from utils.fit import Fit, em, fit_gmm, kmeans_start
 from utils.out_data import load_out
@@ -251,7 +251,7 @@ def test_the_saved_metric_divides_by_the_root_of_s_or_whitens(metric, few_out):
     s = np.linalg.svd(X - X.mean(0), compute_uv=False)
     s = np.maximum(s, s[0] / 1e6)
     expected = s if metric == "pca" else s ** 2 / (len(X) - 1)
-    gmm_in, gmm_out, _ = files.load_mixtures(f"checkpoints/Digits/gmm/{metric}_n2_Photos.pt", "")
+    gmm_in, gmm_out, _ = checkpoints.load_mixtures(f"checkpoints/Digits/gmm/{metric}_n2_Photos.pt", "")
     np.testing.assert_allclose(gmm_in.metric.singular_values.numpy(), expected, rtol=1e-3)
     assert gmm_out.metric is gmm_in.metric
 
@@ -275,7 +275,7 @@ def test_mixtures_are_fitted_on_augmented_images_when_asked(augmented, few_out, 
 def test_verbose_prints_the_log_likelihood_of_every_step(few_out, capsys):
     run_script("gen_gmm.py --dataset Digits --n 2 --verbose 1")
     lines = capsys.readouterr().out.splitlines()
-    *_, meta = files.load_mixtures("checkpoints/Digits/gmm/pca_n2_Photos.pt", "")
+    *_, meta = checkpoints.load_mixtures("checkpoints/Digits/gmm/pca_n2_Photos.pt", "")
     for which, last in zip(("in", "out"), meta["log_likelihoods"], strict=True):
         start = f"EM {which}, n = 2, step "
         steps, values = zip(*(line.removeprefix(start).split(": log-likelihood ") for line in lines

@@ -69,3 +69,12 @@ def test_what_is_missing_is_one_line_and_the_rest_is_drawn(tmp_path, monkeypatch
     assert ("Figure3_Histograms", "Digits") in ran
     assert printed.err.splitlines() == [f"left out {name}: run gen_eval.py" for name in
                                         ("Figure2_Samples", "Confidences", "Confidences", "Certificate")]
+
+
+def test_figures_that_could_not_be_written_are_not_drawn(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results").write_text("a file")
+    monkeypatch.setattr(gen_figures, "run", lambda *_: pytest.fail("was drawn"))
+    with pytest.raises(SystemExit) as stop:
+        run_script("gen_figures.py --datasets Digits")
+    assert stop.value.code == 2 and "results is not a folder" in capsys.readouterr().err

@@ -16,8 +16,8 @@ from utils.batches import Augmentation, ImageSet
 from utils.data import load_in_dist
 from utils.objectives import CEDA, CEDA_GMM, OE, Objective
 from utils.out_data import load_out
+from utils.records import how_made
 from utils.state import State
-from utils.tables import how_made
 from utils.training import Settings
 
 
@@ -139,7 +139,7 @@ def test_lr_gmm_and_grad_vars_reach_the_mixtures(options, lr, names, trained):
 @pytest.mark.parametrize("options, unused", [
     ("CEDA --steps 7 --lr_gmm 0.1", "--n, --lr_gmm, --steps"),
     ("plain --PCA 0 --grad_vars mu --metric mahalanobis", "--n, --PCA, --metric, --grad_vars"),
-    ("EDL --loglam 1", "--n, --loglam"),
+    ("EDL --loglam 1 --members 3", "--n, --loglam, --members"),
     ("ACET --steps 7 --loglam 1 --lr 0.1 --decay 0", "--n"),
     ("ACET --out_dataset Folder --out_dir photos", "--n, --out_dataset, --out_dir"),      # ACET2
     ("ACET --fit_out 1 --out_dataset Photos", "--n"),

@@ -12,8 +12,8 @@ import model_paths
 import models
 import params
 import run_training
-from models import Detector
-from utils import files, load_model, objectives, save_model
+from models import Detector, Softmax
+from utils import checkpoints, load_model, objectives, save_model
 
 TRAIN = "run_training.py --dataset Digits --train_type Energy --epochs 1"
 ATTACK = "gen_attack_stats.py --datasets Digits --fit_out 1 --wide_format 1 --batches 1 --batch_size 4 --steps 2 " \
@@ -44,20 +44,18 @@ class Loss(objectives.Objective):
         return loss, {"loss": loss.detach()}
 
 
-def add(monkeypatch, cls, make, build):
-    """The entries of README, for a class and what makes it of a network and, in `build`, of its spec."""
+def add(monkeypatch, cls, make):
+    """The entries of README, for a class and what makes it of a network."""
     monkeypatch.setitem(objectives.OBJECTIVES, "Energy", Loss)
     monkeypatch.setitem(params.METHODS, "Energy", params.Method())
     monkeypatch.setitem(model_paths.LABELS, "Energy", "--train_type Energy")
-    theirs, classifier = models.build, models.build_classifier
-    monkeypatch.setattr(models, "build", lambda spec: (
-        build(classifier(**spec["base_model"]), spec) if build and spec["kind"] == cls.__name__ else theirs(spec)))
+    monkeypatch.setitem(models.DETECTORS, cls.__name__, cls)
     make_model = run_training.make_model
     monkeypatch.setattr(run_training, "make_model", lambda *args: make(make_model(*args).base_model))
 
 
 def test_an_own_method_is_trained_whole_and_a_column_of_both_tables(work, monkeypatch):
-    add(monkeypatch, Energy, lambda network: Energy(network, 3.0), lambda network, spec: Energy(network, spec["T"]))
+    add(monkeypatch, Energy, lambda network: Energy(network, 3.0))
     run_script(TRAIN)
     model = load_model("checkpoints/Digits/Energy.pt")
     assert model.T == 3.0 and abs(model.log_t.item()) > 1e-3      # was 0
@@ -79,19 +77,24 @@ class Logits(Energy):
         return self.logits(x)
 
 
+class Forgetful(Energy):
+    def __init__(self, base_model, T=2.0):
+        super().__init__(base_model, T)
+        del self.spec["T"]
+
+
 MISTAKES = {
-    "not in build": (Energy, Energy, None, "unknown kind of model 'Energy'"),
-    "a setting that build does not take": (Energy, lambda network: Energy(network, 5.0),
-                                           lambda network, spec: Energy(network), "gives other values"),
-    "a score of the wrong shape": (Column, Column, lambda network, spec: Column(network), "no confidences"),
-    "logits": (Logits, Logits, lambda network, spec: Logits(network), "no confidences"),
+    "not in DETECTORS": (Softmax, Energy, "unknown kind of model 'Energy'"),
+    "a setting that is not in its spec": (Forgetful, lambda network: Forgetful(network, 5.0), "gives other values"),
+    "a score of the wrong shape": (Column, Column, "no confidences"),
+    "logits": (Logits, Logits, "no confidences"),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_what_could_not_be_loaded_again_is_refused_before_it_is_trained(mistake, work, monkeypatch, capsys):
-    cls, make, build, reason = MISTAKES[mistake]
-    add(monkeypatch, cls, make, build)
+    cls, make, reason = MISTAKES[mistake]
+    add(monkeypatch, cls, make)
     monkeypatch.setattr(run_training, "train", lambda *args: pytest.fail("was trained"))
     with pytest.raises(SystemExit) as stopped:
         run_script(TRAIN)
@@ -102,7 +105,7 @@ def test_what_could_not_be_loaded_again_is_refused_before_it_is_trained(mistake,
 def test_a_check_of_what_is_saved_draws_no_random_numbers():
     model = models.Softmax(models.LeNet())
     before, training = torch.get_rng_state(), model.training
-    files.check_rebuilds(model)
+    checkpoints.check_rebuilds(model)
     assert torch.equal(torch.get_rng_state(), before) and model.training is training
 
 
@@ -117,7 +120,7 @@ class Flat(Energy):
 
 
 def test_a_score_of_a_network_that_is_there_needs_a_class_and_a_file(work, monkeypatch):
-    add(monkeypatch, Energy, Energy, lambda network, spec: Energy(network, spec["T"]))
+    add(monkeypatch, Energy, Energy)
     base = load_model("checkpoints/Digits/Base.pt")
     save_model(Energy(base.base_model), "checkpoints/Digits/Energy.pt", base.meta)
     run_script("gen_eval.py --dataset Digits --drop_mmc 0 --models Base Energy --output t2")
@@ -128,7 +131,7 @@ def test_a_score_of_a_network_that_is_there_needs_a_class_and_a_file(work, monke
     (Confident, "gen_eval.py --dataset Digits --models Base Energy --output t2", "score_is_confidence = False"),
     (Flat, ATTACK, "the score of Energy has no gradient")])
 def test_a_score_that_breaks_the_contract_is_refused(cls, command, reason, work, monkeypatch, capsys, attacks):
-    add(monkeypatch, cls, cls, lambda network, spec: cls(network, spec["T"]))
+    add(monkeypatch, cls, cls)
     base = load_model("checkpoints/Digits/Base.pt")
     with torch.no_grad():
         base.base_model.fc2.bias += 10.0        # logits well above 0

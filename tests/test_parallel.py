@@ -21,7 +21,7 @@ import gen_attack_stats
 import params
 import run_training
 from models import build_classifier
-from utils import cli, files, load_model, objectives, parallel, state
+from utils import checkpoints, cli, files, load_model, objectives, parallel, state
 from utils.data import load_in_dist
 from utils.errors import UserError
 from utils.out_data import load_out
@@ -145,8 +145,8 @@ def start(name):
         torch.manual_seed(i)
         weights |= {prefix + key: value for key, value in build_classifier("LeNet", 1, 28, 10).state_dict().items()}
     if name == "CCU":
-        for gmm, part in zip(files.load_mixtures("checkpoints/Digits/gmm/pca_n10_Photos.pt", "")[:2], ("in", "out"),
-                             strict=True):
+        *gmms, _ = checkpoints.load_mixtures("checkpoints/Digits/gmm/pca_n10_Photos.pt", "")
+        for gmm, part in zip(gmms, ("in", "out"), strict=True):
             weights |= {f"gmm_{part}.{key}": value for key, value in gmm.named_parameters()}
     return weights
 

@@ -85,7 +85,8 @@ def test_seeds_become_mean_and_deviation_beside_the_authors(folder, monkeypatch)
                  " python gen_eval.py Y\n", " python gen_attack_stats.py X\n"):
         assert said in text
     short = re.sub(" +", " ", first)
-    assert short.startswith(f"first\n{gen_results.BEGIN}MNIST, LeNet, 7 epochs:\n\n| | Base | CEDA |\n")
+    assert short.startswith(f"first\n{gen_results.BEGIN}MNIST, LeNet, 7 epochs (`results/table[12]_MNIST.csv`):\n\n"
+                            "| | Base | CEDA |\n")
     assert short.endswith(f"{gen_results.END}last\n")
     assert f"| AUC FMNIST | {base} | 99.25 |\n" in short and "old" not in short
     run_script("gen_results.py")
@@ -142,7 +143,8 @@ def test_further_tables_of_a_data_set_are_a_section_of_their_own(folder, monkeyp
     assert "Attack: seeds: noise." in text[second:] and text.count("### ") == 2
     monkeypatch.setattr(gen_results, "SHORT", {"MNIST-long": ("CEDA",), "MNIST": ("MCD",), "FMNIST": ("Base",)})
     heads = [re.sub(" +", " ", part.splitlines()[0]) for part in gen_results.short().split("\n\n")]
-    assert heads == ["MNIST, LeNet, 7 epochs:", "| | CEDA |", "MNIST, LeNet, epochs unknown:", "| | MCD |"]
+    assert heads == ["MNIST, LeNet, 7 epochs (`results/table[12]_MNIST-long.csv`):", "| | CEDA |",
+                     "MNIST, LeNet, epochs unknown (`results/table[12]_MNIST.csv`):", "| | MCD |"]
 
 
 def test_an_ablation_is_shown_with_its_command(folder):

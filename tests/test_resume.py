@@ -13,7 +13,7 @@ import gen_gmm
 import model_paths
 import params
 import run_training
-from utils import files, load_model, save_model, state, tables
+from utils import checkpoints, files, load_model, save_model, state, tables
 from utils.backups import ATTACK
 from utils.out_data import load_out
 
@@ -102,7 +102,7 @@ def test_mixtures_of_other_options_are_fitted_again(empty, monkeypatch):
     for changes in ("--seed 1", "--augm_flag 1", "--data_used 40", "--reg_covar 0.5"):
         assert fitted("--resume 0") == 2 and fitted() == 0
         assert fitted(changes) == 2 and fitted(changes) == 0, changes
-    gmms = files.load_mixtures(next(Path("checkpoints/Digits/gmm").glob("*.pt")), "")[:2]
+    gmms = checkpoints.load_mixtures(next(Path("checkpoints/Digits/gmm").glob("*.pt")), "")[:2]
     assert all((gmm.logvar.exp() >= 0.5).all() for gmm in gmms)
 
 
@@ -118,10 +118,11 @@ def test_mixtures_of_a_run_that_was_killed_when_it_had_written_them(empty, monke
             run_script(command)
     mixtures, = (name for name in folder() if name.endswith(".pt"))
     assert len(folder()) == 3
-    before = files.load_mixtures(Path("checkpoints/Digits/gmm", mixtures), "")
+    before = checkpoints.load_mixtures(Path("checkpoints/Digits/gmm", mixtures), "")
     run_script(command)
     assert list(folder()) == [mixtures]
-    for one, other in zip(before[:2], files.load_mixtures(Path("checkpoints/Digits/gmm", mixtures), ""), strict=False):
+    after = checkpoints.load_mixtures(Path("checkpoints/Digits/gmm", mixtures), "")
+    for one, other in zip(before[:2], after[:2], strict=True):
         torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=0, atol=0)
 
 
@@ -159,8 +160,8 @@ def test_a_finished_model_is_trained_again_for_other_options_alone(work, monkeyp
         used = {"network": "LeNet", "optimizer": "adam", "lr": 2e-3, "decay": 5e-4}
         assert {key: options[key] for key in used} == used
     assert trained("--resume 1")
-    gmm_in, gmm_out, meta = files.load_mixtures(next(Path("checkpoints/Digits/gmm").glob("*.pt")), "")
-    files.save_mixtures(gmm_in, gmm_out, next(Path("checkpoints/Digits/gmm").glob("*.pt")), meta | {"seed": 5})
+    gmm_in, gmm_out, meta = checkpoints.load_mixtures(next(Path("checkpoints/Digits/gmm").glob("*.pt")), "")
+    checkpoints.save_mixtures(gmm_in, gmm_out, next(Path("checkpoints/Digits/gmm").glob("*.pt")), meta | {"seed": 5})
     assert trained("--resume 1")                                # fitted again meanwhile
     save_model(load_model(path), path, load_model(path).meta | {"test_error": 99.0})
     assert trained("--resume 1")                                # another model in its place
@@ -181,3 +182,9 @@ def test_the_record_of_a_model_that_was_replaced_is_left_out(work):
     assert "--train_type CEDA_GMM" in runs["CCU"]["command"] and runs["CCU"]["seconds"] > 0
     assert not {"command", "options", "seconds"} & set(runs["Base"])
     assert runs["Base"]["train_type"] == "plain" and runs["Base"]["test_error"] < 50       # as measured for the table
+
+
+def test_an_attack_writes_beside_its_table_alone(work, attacks):
+    Path("results").write_text("nothing can be written here")
+    run_script("gen_attack_stats.py --datasets Digits --fit_out 1 --batches 1 --batch_size 2 --output out/t")
+    assert sorted(path.name for path in Path("out").rglob("*")) == ["backup", "t.csv", "t.txt", "t_Digits.pt"]

@@ -21,7 +21,7 @@ def test_another_learning_rate_does_not_continue_a_run(tmp_path, monkeypatch, ca
     killed(monkeypatch, run_script, command)
     with pytest.raises(SystemExit) as stop:
         run_script(command + " --lr 0.1 --resume 1")
-    assert stop.value.code == 2 and "made with lr None, not 0.1" in capsys.readouterr().err
+    assert stop.value.code == 2 and "made with lr 0.001, not 0.1" in capsys.readouterr().err
 
 
 def test_out_images_that_came_later_do_not_continue_a_run(tmp_path, monkeypatch, capsys):

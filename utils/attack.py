@@ -48,8 +48,23 @@ SHORTEST = 0.01         # of the first step: there the step is the first again, 
 LONGEST = 1e6           # of the first step: float32 ends somewhere
 
 
+class Search(NamedTuple):
+    """Where N searches stand after `taken` gradients."""
+
+    taken: int
+    point: Point
+    previous: Tensor        # [N, D] point.along before the last move
+    gradient: Tensor        # [N, D] of the objective at `point`, with respect to the pixels
+    step: Tensor            # [N, 1] length of the next step in the metric
+    stalled: Tensor         # [N] gradients since the last better score
+    patience: Tensor        # [N] how many may be
+    best: Point
+    best_score: Tensor      # [N]
+    best_gradient: Tensor   # [N, D]
+
+
 def ascend(objective: Callable[[Tensor], Tensor], region: Region, point: Point, steps: int, step: Tensor,
-           keep: Callable[[list], None] = lambda search: None, search: list | None = None) -> Tensor:
+           keep: Callable[[Search], None] = lambda search: None, search: Search | None = None) -> Tensor:
     """The best of the `steps` points [N, D] on the way up from `point`; each costs one forward and backward pass.
 
     step [N, 1] is the length of the first step in the metric.  keep(search) is called after every step: with this
@@ -59,14 +74,12 @@ def ascend(objective: Callable[[Tensor], Tensor], region: Region, point: Point, 
         score, gradient = score_and_gradient(objective, region.images(point.delta))
         return score, gradient.flatten(1)
 
-    first = step = step.clamp_min(1e-30)
+    first = step.clamp_min(1e-30)
     if search is None:
         score, gradient = evaluate(point)
-        stalled, patience = torch.zeros_like(score), torch.full_like(score, PATIENCE)
-        taken, previous, best, best_score, best_gradient = 1, point.along, point, score, gradient
-    else:
-        taken, previous, gradient, step, stalled, patience, best_score, best_gradient = search[:8]
-        point, best = Point(*search[8:11]), Point(*search[11:])
+        search = Search(1, point, point.along, gradient, first, torch.zeros_like(score),
+                        torch.full_like(score, PATIENCE), point, score, gradient)
+    taken, point, previous, gradient, step, stalled, patience, best, best_score, best_gradient = search
     for k in range(taken, steps):
         trial = torch.lerp(previous, point.along, 1 + MOMENTUM)
         trial.addcmul_(step, region.coordinates.ascent_direction(gradient))
@@ -85,7 +98,7 @@ def ascend(objective: Callable[[Tensor], Tensor], region: Region, point: Point, 
         step, patience = torch.where(short, first, step), torch.where(short[:, 0], 2 * patience, patience)
         point, previous = choose_point(back, best, point), choose(back, best.along, previous)
         gradient = choose(back, best_gradient, gradient)
-        keep([k + 1, previous, gradient, step, stalled, patience, best_score, best_gradient, *point, *best])
+        keep(Search(k + 1, point, previous, gradient, step, stalled, patience, best, best_score, best_gradient))
     return best.delta
 
 
@@ -113,7 +126,8 @@ def attack(detector: Detector, coordinates: Coordinates, seeds: Tensor, radii: T
     best point.  benchmarks/attack_strength.py compares it with plain gradient steps.
 
     So many `points` are attacked at once; the starts, and up to rounding the result, do not depend on it.
-    progress(n) is called with n more of the B * restarts * steps gradients.  The detector must be in evaluation mode.
+    progress(n) is called with n more of the B * restarts * steps gradients; with `images` each search takes one more.
+    The detector must be in evaluation mode.
     An attack with a `state` saves to it at intervals and goes on from there, to the same bits on the same CPU and
     number of threads.
     """
@@ -132,52 +146,56 @@ def attack(detector: Detector, coordinates: Coordinates, seeds: Tensor, radii: T
     best, distance = seeds.clone(), torch.zeros_like(radii)
     with full_precision():      # as in the tables
         best_score = torch.cat([without_nan(detector.attack_score(x)) for x in seeds.split(points)])
-    finished, search = 0, None      # blocks of points; the search of the next
+    finished, search = 0, None      # blocks of points that are done; the search of the next
     # eigenvectors have other signs on another machine or number of threads
     basis = files.digest(coordinates.forward) if state is not None else None
     if state is not None and (saved := state.load()) is not None:
         finished, base = saved["finished"], saved["base"]
         best, best_score, distance = (saved[key].to(device) for key in ("best", "best_score", "distance"))
-        search = [item.to(device) if isinstance(item, Tensor) else item for item in saved["search"]]
-        if saved["basis"] != basis:     # the block of points begins again
-            search = None
-        else:
-            progress(search[0] * len(search[1]))
+        if saved["basis"] == basis:     # else the block of points begins again
+            search = Search(**{key: on_device(value, device) for key, value in saved["search"].items()})
+            progress(search.taken * len(search.step))
 
-    def keep(search: list):
+    def keep(search: Search):
         if state is not None and state.due():
+            plain = search._asdict() | {"point": tuple(search.point), "best": tuple(search.best)}
             state.save(finished=finished, base=base, best=best, best_score=best_score, distance=distance, basis=basis,
-                       search=search)
+                       search=plain)
 
     if images is not None:
         images = images.to(device).flatten(1)
         near = nearest(metric, seeds, images, restarts)                         # [B, restarts]
-    skip = finished
-    for rows in torch.arange(B, device=device).split(points):
-        for block in torch.arange(restarts, device=device).split(max(1, points // len(rows))):
-            if skip:
-                skip -= 1
-                progress(steps * len(rows) * len(block))
-                continue
-            # n = len(block) * len(rows) points: all rows of one restart, then of the next
-            region = Region(coordinates, seeds[rows].repeat(len(block), 1, 1, 1), radii[rows].repeat(len(block)))
-            start = unit_ball(base, (block[:, None] * B + rows).flatten().tolist(), metric.dim).to(seeds)
-            start[block.repeat_interleave(len(rows)) == 0] = 0
-            point = region.start(region.clamp(metric.inverse(start * region.search_radius)))
-            if images is not None:
-                to_image = region.start(images[near[rows][:, block].T.flatten()] - region.seeds)        # [n, D]
-                point = leave_plateau(detector.attack_score, region, point, to_image)
-            step = alpha / 10 * region.search_radius
-            delta, search = ascend(objective, region, point, steps, step, keep, search), None
-            x, d = region.checked(delta)
-            with full_precision():
-                score = without_nan(detector.attack_score(x.view(-1, *shape)))
-            score, which = score.view(len(block), -1).max(0)                    # of each row's restarts
-            better = score > best_score[rows]
-            row, found = rows[better], (which * len(rows) + torch.arange(len(rows), device=device))[better]
-            best[row], best_score[row], distance[row] = x[found].view(-1, *shape), score[better], d[found]
-            finished += 1
+    blocks = [(rows, runs) for rows in torch.arange(B, device=device).split(points)
+              for runs in torch.arange(restarts, device=device).split(max(1, points // len(rows)))]
+    for rows, runs in blocks[:finished]:
+        progress(steps * len(rows) * len(runs))
+    for rows, runs in blocks[finished:]:
+        # n = len(runs) * len(rows) points: all rows of one restart, then of the next
+        region = Region(coordinates, seeds[rows].repeat(len(runs), 1, 1, 1), radii[rows].repeat(len(runs)))
+        start = unit_ball(base, (runs[:, None] * B + rows).flatten().tolist(), metric.dim).to(seeds)
+        start[runs.repeat_interleave(len(rows)) == 0] = 0
+        point = region.start(region.clamp(metric.inverse(start * region.search_radius)))
+        if images is not None:
+            to_image = region.start(images[near[rows][:, runs].T.flatten()] - region.seeds)             # [n, D]
+            point = leave_plateau(detector.attack_score, region, point, to_image)
+        step = alpha / 10 * region.search_radius
+        delta, search = ascend(objective, region, point, steps, step, keep, search), None
+        x, d = region.checked(delta)
+        with full_precision():
+            score = without_nan(detector.attack_score(x.view(-1, *shape)))
+        score, which = score.view(len(runs), -1).max(0)                         # of each row's restarts
+        better = score > best_score[rows]
+        row, found = rows[better], (which * len(rows) + torch.arange(len(rows), device=device))[better]
+        best[row], best_score[row], distance[row] = x[found].view(-1, *shape), score[better], d[found]
+        finished += 1
     return AttackResult(best, best_score, distance)
+
+
+def on_device(value: int | Tensor | tuple[Tensor, ...], device: torch.device) -> int | Tensor | Point:
+    """What a Search holds; a tuple is a Point that was saved."""
+    if isinstance(value, tuple):
+        return Point(*(tensor.to(device) for tensor in value))
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def nearest(metric: PCAMetric, seeds: Tensor, images: Tensor, n: int) -> Tensor:
@@ -205,15 +223,15 @@ def unit_ball(base: int, indices: list[int], D: int) -> Tensor:
 
 
 @torch.no_grad()
-def linf_pgd(objective: Callable[[Tensor], Tensor], x0: Tensor, eps: float, steps: int, uniform: Tensor) -> Tensor:
+def linf_pgd(objective: Callable[[Tensor], Tensor], x0: Tensor, eps: float, steps: int, start: Tensor) -> Tensor:
     """Points x like x0 that raise objective(x) [B] within { x in [0, 1]^D : |x - x0| <= eps }, exactly.
 
-    Starts where `uniform`, numbers in [0, 1] like x0, lie between the box's corners, and takes `steps` gradients,
+    `start`, numbers in [0, 1] like x0, says where between the box's corners it begins.  It takes `steps` gradients,
     each of one forward and backward pass.  A sign step that does not lower a point's objective is kept and its length
     grows; else the point goes back to where it was and halves it.  So the last point kept is the best.
     """
     low, high = box(x0, eps)
-    trial = (low + (high - low) * uniform).clamp(low, high)
+    trial = (low + (high - low) * start).clamp(low, high)
     best, best_score, gradient = trial, x0.new_full((len(x0),), -torch.inf), torch.zeros_like(x0)
     step = torch.full_like(best_score, eps / 4)
     for k in range(steps):

@@ -8,10 +8,10 @@ from torch import Tensor
 
 import model_paths
 from models import Detector
-from utils import files, tables
+from utils import files, records
 from utils.errors import UserError
 
-ATTACK, SCORES = "CCU attack, version 2", "CCU scores, version 2"        # of gen_attack_stats.py, of gen_eval.py
+ATTACK, SCORES = "CCU attack, version 3", "CCU scores, version 2"        # of gen_attack_stats.py, of gen_eval.py
 KIND = {ATTACK: "attack on", SCORES: "scores for"}
 MEND = {ATTACK: "python gen_attack_stats.py --datasets {} --wide_format 1 --fit_out 1",
         SCORES: "python gen_eval.py --dataset {}"}
@@ -43,11 +43,6 @@ def with_confidence(backup: dict) -> list[str]:
     return [label for label, meta in backup["meta"].items() if meta["score_is_confidence"]]
 
 
-def classes(attack: dict) -> int:
-    """Of the data set that was attacked; an older backup has no more than the labels of its test set."""
-    return attack.get("classes", int(attack["labels_in"].max()) + 1)
-
-
 def meta_of(models: dict[str, Detector]) -> dict[str, dict]:
     """label -> how the model was made, for a backup."""
     return {label: model.meta | {"score_is_confidence": model.score_is_confidence} for label, model in models.items()}
@@ -55,7 +50,7 @@ def meta_of(models: dict[str, Detector]) -> dict[str, dict]:
 
 def caption(backup: dict) -> str:
     """What a reader of a figure has to know of the run: data set, command, and how each model was made."""
-    models_made = "; ".join(f"{', '.join(labels)}: {how}" for how, labels in tables.by_making(backup["meta"]).items())
+    models_made = "; ".join(f"{', '.join(labels)}: {how}" for how, labels in records.by_making(backup["meta"]).items())
     return f"**{backup['dataset']}**. {models_made}. `{backup['record']['command']}`"
 
 

@@ -62,9 +62,13 @@ class Parser(argparse.ArgumentParser):
             except UserError as error:
                 raise argparse.ArgumentError(action, str(error)) from None
 
-    def common(self, gpu: str = "GPU to use; -1 = CPU (default: GPU 0 where there is one)") -> "Parser":
+    def gpu(self, what: str = "GPU to use; -1 = CPU (default: GPU 0 where there is one)") -> "Parser":
+        self.shared.add_argument("--gpu", type=int, help=what)
+        return self
+
+    def common(self) -> "Parser":
         """Options of all scripts that compute."""
-        self.shared.add_argument("--gpu", type=int, help=gpu)
+        self.gpu()
         self.shared.add_argument("--seed", type=integer(0), default=0, help="seed of all random draws (0)")
         self.shared.add_argument("--download", type=flag, default=False, help="1 = fetch missing data sets that "
                                  "torchvision or pytorch-ood can fetch (0)")

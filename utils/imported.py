@@ -5,7 +5,7 @@ from pathlib import Path
 
 import params
 from models import CLASSIFIERS, Normalised, Softmax, build_classifier
-from utils import files
+from utils import checkpoints, files
 from utils.errors import check_name
 
 PREFIXES = ("module.", "_orig_mod.")                    # of DataParallel and of torch.compile
@@ -30,14 +30,14 @@ def import_state_dict(source: str | Path | dict, arch: str, dataset: str, mean: 
     for name in WRAPPERS:
         if isinstance(state, dict) and isinstance(state.get(name), dict):
             state = state[name]
-    files.check_state_dict(state)
+    checkpoints.check_state_dict(state)
     while prefix := next((p for p in PREFIXES if state and all(key.startswith(p) for key in state)), None):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
 
     spec = params.DATASETS[dataset]
     classifier = build_classifier(arch, spec.channels, spec.size, spec.classes)
     state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
-    files.load_state(classifier, state)
+    checkpoints.load_state(classifier, state)
     if (mean is None) != (std is None):
         raise ValueError("give both mean and std, or neither")
     if mean is not None:

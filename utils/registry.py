@@ -6,7 +6,7 @@ import torch
 
 import model_paths
 from models import CCU, Detector
-from utils import files
+from utils import checkpoints
 from utils.batches import ImageSet
 from utils.errors import UserError, check_name
 
@@ -27,7 +27,8 @@ def load_models(dataset: str, labels: list[str] | None, device: torch.device) ->
                 check_name(label, {**found, **model_paths.LABELS}, "model")
             raise UserError(f"there is no {dataset} model {label}; make it: {model_paths.command(dataset, label)}")
     # channels_last: a LeNet's passes take a quarter less time on a CPU
-    models = {label: files.load_model(found[label], device).to(memory_format=torch.channels_last) for label in labels}
+    models = {label: checkpoints.load_model(found[label], device).to(memory_format=torch.channels_last)
+              for label in labels}
     for label, model in models.items():
         if model.meta.get("dataset", dataset) != dataset:
             raise UserError(f"{found[label]} was trained on {model.meta['dataset']}, not on {dataset}; remove it, and "
