@@ -77,22 +77,8 @@ def main(args):
     if path.exists() and parallel.rank() == 0:
         print(f"warning: {path} is there and will be replaced; --label NAME keeps both", file=sys.stderr)
 
-    start = time.monotonic()
     networks = networks_of(args, label, path)
-    if calibrated:
-        model, history = calibrate(args.train_type, base, data, out, args.seed, args.batch_size)
-        seconds = time.monotonic() - start
-    else:
-        if not args.resume and parallel.rank() == 0:
-            for _, _, state in networks:
-                state.unlink(missing_ok=True)
-        trained, histories = zip(*(train_network(args, *network, data, out, base, mixtures) for network in networks),
-                                 strict=True)
-        several = args.train_type == "DE"
-        model, history = (DE([m.base_model for m in trained]), histories) if several else (trained[0], histories[0])
-        # the epochs' own times count those before an interruption too
-        seconds = sum(epoch["seconds"] for epochs in histories for epoch in epochs)
-
+    model, history, seconds = fit(args, networks, data, out, base, mixtures)
     if parallel.rank() > 0:
         return
     log_p, _ = evaluate(model.eval(), test, args.batch_size)
@@ -114,6 +100,23 @@ def main(args):
     for _, _, state in networks:
         state.unlink(missing_ok=True)
     print(f"test error {error:.2f} %\nwrote {path} and {model_paths.run_record(path)}")
+
+
+def fit(args, networks, data, out, base, mixtures) -> tuple[Detector, list, float]:
+    """The model, its history (an entry an epoch; of DE one history a member) and the seconds that it took."""
+    if args.train_type in params.CALIBRATED:
+        start = time.monotonic()
+        return *calibrate(args.train_type, base, data, out, args.seed, args.batch_size), time.monotonic() - start
+    if not args.resume and parallel.rank() == 0:
+        for _, _, state in networks:
+            state.unlink(missing_ok=True)
+    trained, histories = zip(*(train_network(args, *network, data, out, base, mixtures) for network in networks),
+                             strict=True)
+    # the epochs' own times count those before an interruption too
+    seconds = sum(epoch["seconds"] for epochs in histories for epoch in epochs)
+    if args.train_type == "DE":
+        return DE([member.base_model for member in trained]), list(histories), seconds
+    return trained[0], histories[0], seconds
 
 
 def networks_of(args, label, path) -> list[tuple]:

@@ -75,10 +75,10 @@ def work(digits_run, tmp_path, monkeypatch):
 
 @pytest.fixture
 def attacks(monkeypatch):
-    """What each call of `attack` in gen_attack_stats.py got, one a batch of a model; it finds nothing but the seeds."""
+    """What each call of `attack` for Table 1 got, one a batch of a model; it finds nothing but the seeds."""
     import torch
 
-    import gen_attack_stats
+    from utils import attack_batches
     from utils.attack import AttackResult
     calls = []
 
@@ -87,5 +87,5 @@ def attacks(monkeypatch):
                                      restarts=restarts, alpha=alpha, seed=generator.initial_seed(),
                                      images=options["images"]))
         return AttackResult(seeds, model.attack_score(seeds), torch.zeros(len(seeds)))
-    monkeypatch.setattr(gen_attack_stats, "attack", idle)
+    monkeypatch.setattr(attack_batches, "attack", idle)
     return calls

@@ -451,7 +451,7 @@ def test_refused_before_the_work(case, work, capsys, monkeypatch):
     def work_begins(*args, **kwargs):
         raise AssertionError("the work began")
     monkeypatch.setattr("params.OUT_FIT_IMAGES", 300)
-    for place in ("run_training.train", "utils.calibration.try_steps", "gen_gmm.fit_gmm", "gen_attack_stats.attack",
+    for place in ("run_training.train", "utils.calibration.try_steps", "gen_gmm.fit_gmm", "utils.attack_batches.attack",
                   "utils.evaluation.evaluate"):
         monkeypatch.setattr(place, work_begins)
     command, words, make = (*case, lambda: None)[:3]

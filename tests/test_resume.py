@@ -13,7 +13,7 @@ import gen_gmm
 import model_paths
 import params
 import run_training
-from utils import checkpoints, files, load_model, save_model, state, tables
+from utils import attack_batches, checkpoints, files, load_model, save_model, state, tables
 from utils.backups import ATTACK
 from utils.out_data import load_out
 
@@ -47,20 +47,20 @@ def test_a_killed_attack_keeps_batches_of_the_same_options_and_weights_alone(wor
     files.save({"format": ATTACK, "seeds": torch.rand(6, 1, 28, 28)}, "seeds.pt")
     assert len(attacked()) == 4
     assert len(attacked("--resume 0")) == 4
-    monkeypatch.setattr(gen_attack_stats, "FORMAT", "of another version")
+    monkeypatch.setattr(attack_batches, "FORMAT", "of another version")
     assert len(attacked()) == 4
 
 
 def test_a_killed_attack_keeps_the_batches_that_it_finished(work, attacks, monkeypatch):
     command = "gen_attack_stats.py --datasets Digits --fit_out 1 --batches 2 --batch_size 4 --output t --resume 1"
-    idle = gen_attack_stats.attack
+    idle = attack_batches.attack
 
     def dying(*args, **options):
         if len(attacks) == 2:
             raise KeyboardInterrupt
         return idle(*args, **options)
     with monkeypatch.context() as patch:
-        patch.setattr(gen_attack_stats, "attack", dying)
+        patch.setattr(attack_batches, "attack", dying)
         with pytest.raises(SystemExit) as stop:
             run_script(command)
     assert stop.value.code == 130 and len(attacks) == 2 and not Path("t.csv").exists()

@@ -139,7 +139,7 @@ def test_batches_of_a_model_that_computes_something_else_are_not_taken_over(tmp_
     monkeypatch.chdir(tmp_path)
     network, images = CLASSIFIERS["LeNet"](1, 28, 10), torch.rand(2, 1, 28, 28)
     args = gen_attack_stats.parser().parse_args(["--datasets", "Digits"])
-    folders = [gen_attack_stats.unit_folder("Digits", "X", model, Softmax(network), images, images, args)
+    folders = [gen_attack_stats.unit_folder("t", "Digits", "X", model, Softmax(network), images, images, args)
                for model in (Softmax(network), Softmax(network), EDL(network))]
     files.unlock()
     assert folders[0] == folders[1] != folders[2]
