@@ -52,6 +52,7 @@ def options(label: str) -> str:
 
 
 def model(dataset: str, label: str) -> Path:
+    """A model's checkpoint."""
     return CHECKPOINTS / dataset / f"{label}.pt"
 
 
@@ -76,10 +77,12 @@ def training_state(checkpoint: Path, member: int | None = None) -> Path:
 
 
 def run_record(checkpoint: Path) -> Path:
+    """How a checkpoint was made, for people and for --resume 1."""
     return checkpoint.with_suffix(".json")
 
 
 def mixtures(dataset: str, metric: str, n: int, out_dataset: str) -> Path:
+    """Both mixtures, of n components each, that gen_gmm.py fits and a CCU starts from."""
     return CHECKPOINTS / dataset / "gmm" / f"{metric}_n{n}_{out_dataset}.pt"
 
 
@@ -101,6 +104,7 @@ def command(dataset: str, label: str) -> str:
 
 
 def log_dir(dataset: str, label: str) -> Path:
+    """Of a training's TensorBoard scalars; another one for each run."""
     return LOGS / dataset / f"{label}_{stamp()}"
 
 

@@ -76,6 +76,8 @@ class LeNetDropout(LeNet):
 
 
 class BasicBlock(nn.Module):
+    """He et al. 2016: x [B, in_planes, H, W] -> [B, planes, H/stride, W/stride]."""
+
     def __init__(self, in_planes: int, planes: int, stride: int):
         super().__init__()
         self.conv1 = nn.Conv2d(in_planes, planes, 3, stride, padding=1, bias=False)
@@ -154,6 +156,8 @@ class WideBlock(nn.Module):
 
 
 class WideStage(nn.Module):
+    """Blocks one after the other: x [B, in_planes, H, W] -> [B, planes, H/stride, W/stride]."""
+
     def __init__(self, blocks: int, in_planes: int, planes: int, stride: int):
         super().__init__()
         self.layer = nn.Sequential(*(WideBlock(planes if i else in_planes, planes, 1 if i else stride)

@@ -20,6 +20,8 @@ from utils.state import State
 
 
 class AttackResult(NamedTuple):
+    """What `attack` found for B seeds."""
+
     samples: Tensor         # [B, C, H, W] in [0, 1], the best feasible point of each seed
     attack_score: Tensor    # [B] detector.attack_score(samples)
     distance: Tensor        # [B] float64, d(sample, seed) <= radius; 0: nothing beat the seed

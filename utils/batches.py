@@ -40,6 +40,8 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Augmentation:
+    """A random crop and a horizontal flip; each happens to an image with probability 1/2."""
+
     crop: int        # padding of the random crop in pixels, 0 = no crop
     pad_mode: str    # "constant" (black), "edge" or "reflect" (without repeating the border)
     flip: bool       # random horizontal flip

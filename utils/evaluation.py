@@ -21,7 +21,10 @@ def full_precision():
 @torch.no_grad()
 @full_precision()
 def evaluate(model: Detector, data: ImageSet, batch_size: int) -> tuple[Tensor, Tensor]:
-    """Log-confidences [N, M] and scores [N] of the images in order; higher scores = more in-distribution."""
+    """Log-confidences [N, M] and scores [N] of the images in order; higher scores = more in-distribution.
+
+    UserError where one is NaN, a score is infinite, or a score that says so is no log-confidence.
+    """
     model.eval()
     own_score = type(model).score is not Detector.score
     log_p, scores = [], []

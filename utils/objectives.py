@@ -21,10 +21,12 @@ def uniform_cross_entropy(log_confidence: Tensor) -> Tensor:
 
 
 def accuracy(log_confidence: Tensor, y: Tensor) -> Tensor:
+    """Share of right predictions, of log-confidences [B, M] and labels y [B]: a scalar in [0, 1]."""
     return (log_confidence.detach().argmax(1) == y).float().mean()
 
 
 def mean_confidence(log_confidence: Tensor) -> Tensor:
+    """Mean of the largest confidence, of log-confidences [B, M]: a scalar in [1/M, 1]."""
     return log_confidence.detach().amax(1).exp().mean()
 
 
@@ -47,8 +49,9 @@ class Objective:
     """
 
     needs_out = True            # takes out-images
-    schedule = "steps"
-    out_batch_ratio = 1
+    schedule = "steps"          # of the learning rate: utils.training.lr_factor
+    out_batch_ratio = 1         # out-images to an in-image
+    weight = 1.0                # in ]0, 1]: the share of the last batch that this process had
 
     def __init__(self, loglam: float = 0.0):
         lam = math.exp(loglam)

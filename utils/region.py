@@ -72,6 +72,7 @@ class Region:
         self.search_radius = (radii.clamp(max=largest) * (1 - self.margin)).to(seeds.dtype)[:, None]   # [N, 1]
 
     def clamp(self, delta: Tensor) -> Tensor:
+        """delta [N, D], pulled into the cube pixel by pixel."""
         return delta.clamp(self.low, self.high)
 
     def start(self, delta: Tensor) -> Point:
@@ -118,6 +119,7 @@ class Region:
         return self.pull_back(Point(delta, along, u.sub_(along).mul_(rho / step)))
 
     def images(self, delta: Tensor) -> Tensor:
+        """The images [N, C, H, W] that lie delta [N, D] from the seeds."""
         return (self.seeds + delta).clamp(0, 1).view(self.shape)
 
     def checked(self, delta: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,4 +149,5 @@ def choose(rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def choose_point(rows: Tensor, a: Point, b: Point) -> Point:
+    """`choose` for points of N searches."""
     return Point(*(choose(rows, new, old) for new, old in zip(a, b, strict=True)))
