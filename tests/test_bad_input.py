@@ -278,7 +278,7 @@ TABLE = [
     *((f"{EVAL} --output t", ["can't write", made], folder(made))
       for made in ("t.csv", "t.txt", "t_fpr95.csv", "t_fpr95.txt", "t_runs.json", "backup/t.pt")),
     *((f"{ATTACK} --output t", ["can't write", made], folder(made)) for made in ("t.csv", "t.txt")),
-    (f"{ATTACK} --output t", ["can't write", "results"], text("results")),
+    (f"{ATTACK} --output t", ["can't write", "backup"], text("backup")),
     (f"{LOAD} {BASE}", ["can't write", "checkpoints/MNIST"], text("checkpoints/MNIST")),
 
     # models
