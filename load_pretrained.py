@@ -31,7 +31,7 @@ def main(args):
     if path.exists() and not args.overwrite:
         raise UserError(f"{path} exists; --overwrite 1 replaces it, --label NAME puts the new one beside it")
     checkpoints.save_model(model, path, {"dataset": args.dataset, "label": args.label, "train_type": "CEDA_GMM",
-                                   "source": "the authors' weights"})
+                                         "source": "the authors' weights"})
     print(f"{model.gmm_in.components} + {model.gmm_out.components} centroids, log lambda {model.loglam:.3g}\n"
           f"wrote {path}")
 

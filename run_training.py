@@ -33,6 +33,8 @@ from utils.registry import check_fit, load_models
 from utils.state import State
 from utils.training import Settings, train
 
+FILLED_IN = ("network", "optimizer", "lr", "decay")
+
 
 def main(args):
     device = cli.device(args.gpu)
@@ -103,7 +105,7 @@ def main(args):
 
 
 def fit(args, networks, data, out, base, mixtures) -> tuple[Detector, list, float]:
-    """The model, its history (an entry an epoch; of DE one history a member) and the seconds that it took."""
+    """The model, its history (an entry an epoch, of ODIN and Maha a setting; of DE a history a member), and seconds."""
     if args.train_type in params.CALIBRATED:
         start = time.monotonic()
         return *calibrate(args.train_type, base, data, out, args.seed, args.batch_size), time.monotonic() - start
@@ -162,6 +164,8 @@ def is_there(path, args, out_name, mixtures) -> bool:
     record = records.load(model_paths.run_record(path))
     made = record.get("options", {}) | {"out_dataset": record.get("out_dataset")}
     states = [model_paths.training_state(path, i) for i in (None, *range(args.members))]
+    if "network" not in made:       # of a run before these were recorded
+        made |= {key: value for key, value in vars(args).items() if key in FILLED_IN and made.get(key) is None}
     if (record.get("mixtures") != (mixtures and mixtures[2]) or any(state.exists() for state in states)
             or any(made.get(key) != value for key, value in decisive(args, out_name).items())):
         return False

@@ -12,8 +12,6 @@ from utils.data import load_in_dist
 from utils.errors import MissingData
 from utils.fit import em, fit_gmm, kmeans_start
 
-K = 100
-
 
 def gmm_fits(report: Report, device: torch.device, quick: bool, data_dir: str) -> None:
     """60,000 x 784, K = 100, to the same log-likelihood as scikit-learn; and the memory of 50,000 x 3,072."""
@@ -27,7 +25,7 @@ def gmm_fits(report: Report, device: torch.device, quick: bool, data_dir: str) -
     z = metric.transform(X)
     z -= z.mean(0)
     z_device = z.to(device)
-    K_, reg = (10 if quick else K), params.REG_COVAR
+    K_, reg = (10 if quick else params.CENTROIDS), params.REG_COVAR
 
     z_device[:K_] @ z_device[:K_].T         # a GPU's first product takes its time
     synchronise(device)
@@ -83,6 +81,6 @@ def peak_of_fit(n: int, D: int) -> int:
     """Peak bytes of a process that makes the images, fits metric and mixture, and has loaded PyTorch for it."""
     X = synthetic(n, D)
     metric = PCAMetric.fit(X)
-    fit_gmm(metric.transform(X), metric, K, params.REG_COVAR, 0)
+    fit_gmm(metric.transform(X), metric, params.CENTROIDS, params.REG_COVAR, 0)
     import resource
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -95,12 +95,12 @@ class Mixtures:
 class Balls:
     """Bounds on p(x|i) / (lam p(x|o)) over balls around B points x [B, D], for radii R [B].
 
-    `margin` multiplies the allowance for rounding.
+    `margin` multiplies the allowances for rounding and decides nothing else, so that a larger one bounds higher.
     """
 
     def __init__(self, mixtures: Mixtures, x: Tensor, method: str, margin: float = 1.0):
         m, z = mixtures, mixtures.metric.transform(x)
-        self.m, self.eps = m, margin * EPS * m.longest_sum    # relative error of a sum
+        self.m, self.margin, self.eps = m, margin, EPS * m.longest_sum          # eps: relative error of a sum
         self.d2_in = squared_distances(z, m.mu)                                 # [B, K]
         self.log_in = m.log_c_in - self.d2_in / 2 * m.prec_in                   # log alpha_k N_k(x0)
         self.max_prec_out, farthest = 0.0, self.d2_in.amax(1)
@@ -116,14 +116,14 @@ class Balls:
         self.quadratics = []                            # (h, |g|, a, peak) of (3), each [B, K, number of q]
         if method == "tight" and not m.single:
             self.quadratics = [self.pairs()]
-            weights = [self.quadratic(q) for share in RADII for q in self.mixed_weights(share)]
+            weights = [self.quadratic(q, margin) for share in RADII for q in self.mixed_weights(share)]
             self.quadratics.append(tuple(torch.stack(part, 2) for part in zip(*weights, strict=True)))
 
     def slack(self, R: Tensor) -> Tensor:
         """Bound on the rounding of log b [B]."""
         size = self.size + R
         products = self.eps * size.square() * (self.m.prec_in.max() + self.max_prec_out)
-        return products + self.max_prec_out * size * self.z_error + self.eps * self.m.log_b_size
+        return self.margin * (products + self.max_prec_out * size * self.z_error + self.eps * self.m.log_b_size)
 
     # The paper's bound
 
@@ -141,18 +141,18 @@ class Balls:
         if self.m.single:
             return torch.zeros_like(R)
         # near nu_l the root of d^2's small error is large, and is multiplied by R
-        return self.log_L_terms(R, self.eps * self.size.square()[:, None]).logsumexp(1)
+        return self.log_L_terms(R, self.margin * self.eps * self.size.square()[:, None]).logsumexp(1)
 
     # The tight bound
 
-    def length(self, a: Tensor, in_d2: Tensor, out_d2: Tensor, between: Tensor) -> Tensor:
+    def length(self, a: Tensor, in_d2: Tensor, out_d2: Tensor, between: Tensor, margin: float) -> Tensor:
         """|g_k| of (3), rounded up, without cancellation near a = 0.
 
         g = sum_i w_i v_i with v_i = z_x0 - centre and weights w = (q_l/theta_l^2, -1/sigma_k^2) has
         |g|^2 = (sum_i w_i)(sum_i w_i |v_i|^2) - sum_{i<j} w_i w_j |v_i - v_j|^2 = a (in_d2 - out_d2) + between.
         """
         precision = (self.m.prec_in + self.max_prec_out).reshape(-1, *[1] * (in_d2.dim() - 2))
-        error = self.eps * self.size.square().reshape(-1, *[1] * (in_d2.dim() - 1)) * precision.square()
+        error = margin * self.eps * self.size.square().reshape(-1, *[1] * (in_d2.dim() - 1)) * precision.square()
         return (a * (in_d2 - out_d2) + between + 2 * error).clamp_min(0).sqrt()
 
     def pairs(self) -> tuple[Tensor, ...]:
@@ -161,16 +161,16 @@ class Balls:
         h = self.log_in[:, :, None] - self.log_out[:, None]
         a = m.prec_in[:, None] - m.prec_out
         norm = self.length(a, (m.prec_in * self.d2_in)[:, :, None], (m.prec_out * self.d2_out)[:, None],
-                           m.prec_in[:, None] * m.prec_out * m.mu_nu)
+                           m.prec_in[:, None] * m.prec_out * m.mu_nu, self.margin)
         return h, norm, a, peak_of(norm, a)
 
-    def quadratic(self, q: Tensor) -> tuple[Tensor, ...]:
+    def quadratic(self, q: Tensor, margin: float) -> tuple[Tensor, ...]:
         """h, |g|, a, peak of (3) for the weights q [B, L]  [B, K]."""
         m, c = self.m, q * self.m.prec_out                                      # c_l = q_l / theta_l^2
         h = self.log_in - (q * self.log_out - torch.special.xlogy(q, q)).sum(1, keepdim=True)
         a = m.prec_in - c.sum(1, keepdim=True)
         between = m.prec_in * (c @ m.mu_nu.T) - (c * (c @ m.nu_nu)).sum(1, keepdim=True) / 2
-        norm = self.length(a, m.prec_in * self.d2_in, (c * self.d2_out).sum(1, keepdim=True), between)
+        norm = self.length(a, m.prec_in * self.d2_in, (c * self.d2_out).sum(1, keepdim=True), between, margin)
         return h, norm, a, peak_of(norm, a)
 
     def mixed_weights(self, share: float) -> list[Tensor]:
@@ -180,8 +180,8 @@ class Balls:
         (3) for the largest k.
         """
         m, R = self.m, share * self.d2_in.amin(1, keepdim=True).sqrt()          # [B, 1]
-        q = self.log_L_terms(R[:, 0]).softmax(1)        # whatever the margin, so that a larger one bounds higher
-        h, norm, a, peak = self.quadratic(q)
+        q = self.log_L_terms(R[:, 0]).softmax(1)
+        h, norm, a, peak = self.quadratic(q, margin=1.0)
         k = ball_max(h, norm, a, peak, R).argmax(1, keepdim=True)               # [B, 1]
         t, norm, a, prec_in = torch.minimum(R, peak.gather(1, k)), norm.gather(1, k), a.gather(1, k), m.prec_in[k]
         c = q * m.prec_out
@@ -200,7 +200,7 @@ class Balls:
 
     def log_b(self, R: Tensor) -> Tensor:
         """log b of (1), rounded up [B]."""
-        slack, R = self.slack(R), R + self.z_error
+        slack, R = self.slack(R), R + self.margin * self.z_error
         log_b = self.log_U(R) - self.log_L(R)
         if self.quadratics:
             log_b = torch.minimum(log_b, self.log_tight(R))

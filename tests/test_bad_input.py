@@ -806,3 +806,14 @@ def test_a_disk_that_is_full_is_named_as_the_reason(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert not list(tmp_path.iterdir())
+
+
+def test_of_several_errors_the_last_is_named(tmp_path):
+    """mkdir(parents=True) asks for what may not be made where it has not found it."""
+    def writer(_):
+        try:
+            raise FileNotFoundError(errno.ENOENT, "not there")
+        except FileNotFoundError:
+            raise PermissionError(errno.EACCES, "not allowed")      # noqa: B904
+    with pytest.raises(UserError, match="not allowed"):
+        files.write(tmp_path / "x.pt", writer)

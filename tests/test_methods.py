@@ -488,9 +488,9 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.setattr(params, "ODIN_TEMPERATURES", (1, 10))
     monkeypatch.setattr(params, "ODIN_EPS", (0.0, 0.002))
     metric = PCAMetric.euclidean(784)
-    checkpoints.save_mixtures(*(GMM(torch.rand(2, 784), torch.full((2,), v), torch.full((2,), -math.log(2)), metric)
-                          for v in (-1.0, 1.0)), model_paths.mixtures("Digits", "pca", 2, "Photos"),
-                        {"dataset": "Digits", "metric": "pca", "n": 2, "out_dataset": "Photos"})
+    gmms = (GMM(torch.rand(2, 784), torch.full((2,), v), torch.full((2,), -math.log(2)), metric) for v in (-1.0, 1.0))
+    checkpoints.save_mixtures(*gmms, model_paths.mixtures("Digits", "pca", 2, "Photos"),
+                              {"dataset": "Digits", "metric": "pca", "n": 2, "out_dataset": "Photos"})
     base = Softmax(CLASSIFIERS["LeNet"](1, 28, 10))
     save_model(base, model_paths.model("Digits", "Base"), {"epochs": 1})
     return tmp_path

@@ -12,7 +12,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 import gen_attack_stats
 from models import CCU, CLASSIFIERS, EDL, MCD, Softmax, certified_radius, confidence_bound
-from utils import evaluation, files, load_model, save_model
+from utils import attack_batches, evaluation, files, load_model, save_model
 from utils.backups import ATTACK
 from utils.data import load_in_dist, load_ood
 from utils.out_data import load_out
@@ -139,7 +139,7 @@ def test_batches_of_a_model_that_computes_something_else_are_not_taken_over(tmp_
     monkeypatch.chdir(tmp_path)
     network, images = CLASSIFIERS["LeNet"](1, 28, 10), torch.rand(2, 1, 28, 28)
     args = gen_attack_stats.parser().parse_args(["--datasets", "Digits"])
-    folders = [gen_attack_stats.unit_folder("t", "Digits", "X", model, Softmax(network), images, images, args)
+    folders = [attack_batches.unit_folder("t", "Digits", "X", model, Softmax(network), images, images, args)
                for model in (Softmax(network), Softmax(network), EDL(network))]
     files.unlock()
     assert folders[0] == folders[1] != folders[2]

@@ -50,7 +50,8 @@ def write(path: str | Path, writer: Callable) -> Path:
     except (torch.AcceleratorError, torch.OutOfMemoryError):
         raise
     except (OSError, RuntimeError) as error:      # torch.save reports a full disk as a RuntimeError
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error      # and hides the reason
+        hidden = isinstance(error, RuntimeError) and isinstance(error.__context__, OSError)
+        cause = error.__context__ if hidden else error
         raise UserError(f"can't write {path}: {first_line(cause)}") from error
     finally:
         if temporary is not None:

@@ -142,7 +142,8 @@ def pixels(image: Image.Image) -> np.ndarray:
 
 
 def is_grey(path: Path) -> bool:
-    """Whether no pixel has a colour; a GIF of grey values has a palette, and many a grey photo is stored as RGB."""
+    """Whether an image has no colour, of a JPEG at an eighth of its size; a GIF of grey values has a palette, and many
+    a grey photo is stored as RGB."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.mode in GREY_MODES:
