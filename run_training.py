@@ -33,7 +33,7 @@ from utils.registry import check_fit, load_models
 from utils.state import State
 from utils.training import Settings, train
 
-FILLED_IN = ("network", "optimizer", "lr", "decay")
+FILLED_IN = ("network", "optimizer", "lr", "decay")     # by `fill_in`
 
 
 def main(args):
@@ -165,7 +165,7 @@ def is_there(path, args, out_name, mixtures) -> bool:
     made = record.get("options", {}) | {"out_dataset": record.get("out_dataset")}
     states = [model_paths.training_state(path, i) for i in (None, *range(args.members))]
     if "network" not in made:       # of a run before these were recorded
-        made |= {key: value for key, value in vars(args).items() if key in FILLED_IN and made.get(key) is None}
+        made |= {key: getattr(args, key) for key in FILLED_IN if made.get(key) is None}
     if (record.get("mixtures") != (mixtures and mixtures[2]) or any(state.exists() for state in states)
             or any(made.get(key) != value for key, value in decisive(args, out_name).items())):
         return False

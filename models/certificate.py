@@ -22,7 +22,7 @@ negative.  The bound sums, over k, the smallest of these maxima over several q, 
   - q = one component l: the pairs (k, l), and sum_k min_l is never above min_l sum_k;
   - q = the shares of L's terms for several R; for R = 0 they are p(l|x0, o), with equality in (2) at x0, so that the
     bound there is the confidence of a sure classifier;
-  - q = p(l|x*, o) at maximisers x* of (3) over balls of several sizes (mixed_weights).  For sigma < theta, (3)
+  - q = p(l|x*, o) at maximisers x* of (3) over balls of several sizes (mixed).  For sigma < theta, (3)
     is concave in x and convex in q, so that the best q gives the exact maximum for each k; what remains then is
     that different k have their maxima at different x.
 With p(x|o) = 1 (single mixture) both methods are U(R), exact for each k.
@@ -30,7 +30,7 @@ With p(x|o) = 1 (single mixture) both methods are U(R), exact for each k.
 All is float64 and reduces to squared distances between x0, mu_k and nu_l.  Rounding goes to the safe side:
 with unit roundoff u and sums of n terms, z is off by at most u n |V/sqrt(s)|_F |x|, which is added to R;
 a squared distance by u n (|a| + |b|)^2, which times the precisions is added to log b (`slack`), or to the square
-itself where its root counts (log_L, length).
+itself where its root counts (log_L, rounded_up).
 """
 
 import copy
@@ -44,7 +44,7 @@ from models.ccu import CCU
 from models.gmm import squared_distances
 
 METHODS = ("paper", "tight")
-RADII = (0, 0.25, 0.5, 0.75, 1, 1.5)        # for which mixed_weights are made, in distances to the nearest mu_k
+RADII = (0, 0.25, 0.5, 0.75, 1, 1.5)        # for which `mixed` weights are made, in distances to the nearest mu_k
 BLOCK = {"cpu": 2 ** 19, "cuda": 2 ** 24}   # numbers in a tensor: they fit a CPU's cache, keep a GPU busy
 RELATIVE = 1e-9                             # of certified_radius
 EPS = torch.finfo(torch.float64).eps        # 2 u
@@ -115,9 +115,9 @@ class Balls:
         self.size = 4 * farthest.sqrt() + 2 * self.z_error
         self.quadratics = []                            # (h, |g|, a, peak) of (3), each [B, K, number of q]
         if method == "tight" and not m.single:
-            self.quadratics = [self.pairs()]
-            weights = [self.quadratic(q, margin) for share in RADII for q in self.mixed_weights(share)]
-            self.quadratics.append(tuple(torch.stack(part, 2) for part in zip(*weights, strict=True)))
+            mixed = [quadratic for share in RADII for quadratic in self.mixed(share)]
+            mixed = tuple(torch.stack(part, 2) for part in zip(*mixed, strict=True))
+            self.quadratics = [self.rounded_up(*part, margin) for part in (self.pairs(), mixed)]
 
     def slack(self, R: Tensor) -> Tensor:
         """Bound on the rounding of log b [B]."""
@@ -145,43 +145,44 @@ class Balls:
 
     # The tight bound
 
-    def length(self, a: Tensor, in_d2: Tensor, out_d2: Tensor, between: Tensor, margin: float) -> Tensor:
-        """|g_k| of (3), rounded up, without cancellation near a = 0.
+    def rounded_up(self, h: Tensor, square: Tensor, a: Tensor, margin: float) -> tuple[Tensor, ...]:
+        """h, |g|, a, peak of (3) from |g|^2, whose root is rounded up."""
+        precision = (self.m.prec_in + self.max_prec_out).reshape(-1, *[1] * (square.dim() - 2))
+        error = margin * self.eps * self.size.square().reshape(-1, *[1] * (square.dim() - 1)) * precision.square()
+        norm = (square + 2 * error).clamp_min(0).sqrt()
+        return h, norm, a, peak_of(norm, a)
 
-        g = sum_i w_i v_i with v_i = z_x0 - centre and weights w = (q_l/theta_l^2, -1/sigma_k^2) has
-        |g|^2 = (sum_i w_i)(sum_i w_i |v_i|^2) - sum_{i<j} w_i w_j |v_i - v_j|^2 = a (in_d2 - out_d2) + between.
-        """
-        precision = (self.m.prec_in + self.max_prec_out).reshape(-1, *[1] * (in_d2.dim() - 2))
-        error = margin * self.eps * self.size.square().reshape(-1, *[1] * (in_d2.dim() - 1)) * precision.square()
-        return (a * (in_d2 - out_d2) + between + 2 * error).clamp_min(0).sqrt()
+    # |g|^2 without cancellation near a = 0: g = sum_i w_i v_i with v_i = z_x0 - centre and w = (q_l/theta_l^2,
+    # -1/sigma_k^2) has |g|^2 = (sum_i w_i)(sum_i w_i |v_i|^2) - sum_{i<j} w_i w_j |v_i - v_j|^2, and sum_i w_i = -a
 
     def pairs(self) -> tuple[Tensor, ...]:
-        """h, |g|, a, peak of (3) with q = one component l  [B, K, L]."""
+        """h, |g|^2, a of (3) with q = one component l  [B, K, L]."""
         m = self.m
         h = self.log_in[:, :, None] - self.log_out[:, None]
         a = m.prec_in[:, None] - m.prec_out
-        norm = self.length(a, (m.prec_in * self.d2_in)[:, :, None], (m.prec_out * self.d2_out)[:, None],
-                           m.prec_in[:, None] * m.prec_out * m.mu_nu, self.margin)
-        return h, norm, a, peak_of(norm, a)
+        between = m.prec_in[:, None] * m.prec_out * m.mu_nu
+        square = a * ((m.prec_in * self.d2_in)[:, :, None] - (m.prec_out * self.d2_out)[:, None]) + between
+        return h, square, a
 
-    def quadratic(self, q: Tensor, margin: float) -> tuple[Tensor, ...]:
-        """h, |g|, a, peak of (3) for the weights q [B, L]  [B, K]."""
+    def quadratic(self, q: Tensor) -> tuple[Tensor, ...]:
+        """h, |g|^2, a of (3) for the weights q [B, L]  [B, K]."""
         m, c = self.m, q * self.m.prec_out                                      # c_l = q_l / theta_l^2
         h = self.log_in - (q * self.log_out - torch.special.xlogy(q, q)).sum(1, keepdim=True)
         a = m.prec_in - c.sum(1, keepdim=True)
         between = m.prec_in * (c @ m.mu_nu.T) - (c * (c @ m.nu_nu)).sum(1, keepdim=True) / 2
-        norm = self.length(a, m.prec_in * self.d2_in, (c * self.d2_out).sum(1, keepdim=True), between, margin)
-        return h, norm, a, peak_of(norm, a)
+        square = a * (m.prec_in * self.d2_in - (c * self.d2_out).sum(1, keepdim=True)) + between
+        return h, square, a
 
-    def mixed_weights(self, share: float) -> list[Tensor]:
-        """Two weights q [B, L] that make the bound small at R = share * d(x0, nearest mu).
+    def mixed(self, share: float) -> list[tuple[Tensor, ...]]:
+        """The `quadratic` of two weights q that make the bound small at R = share * d(x0, nearest mu).
 
         The terms of L(R), with which it is never above the paper's; and p(l|x*, o) at the maximiser x* of their
         (3) for the largest k.
         """
         m, R = self.m, share * self.d2_in.amin(1, keepdim=True).sqrt()          # [B, 1]
-        q = self.log_L_terms(R[:, 0]).softmax(1)
-        h, norm, a, peak = self.quadratic(q, margin=1.0)
+        q = self.log_L_terms(R[:, 0]).softmax(1)                                # [B, L]
+        quadratic = self.quadratic(q)
+        h, norm, a, peak = self.rounded_up(*quadratic, margin=1.0)
         k = ball_max(h, norm, a, peak, R).argmax(1, keepdim=True)               # [B, 1]
         t, norm, a, prec_in = torch.minimum(R, peak.gather(1, k)), norm.gather(1, k), a.gather(1, k), m.prec_in[k]
         c = q * m.prec_out
@@ -189,7 +190,7 @@ class Balls:
                - c @ m.nu_nu + prec_in * m.mu_nu[k[:, 0]]) / 2                  # g_k.(z_x0 - nu_l) [B, L]
         # z_x* = z_x0 + t g_k / |g_k|
         moved = t * g_v / norm.clamp_min(torch.finfo(norm.dtype).tiny) + t.square() / 2
-        return [q, (self.log_out - m.prec_out * moved).softmax(1)]
+        return [quadratic, self.quadratic((self.log_out - m.prec_out * moved).softmax(1))]
 
     def log_tight(self, R: Tensor) -> Tensor:
         """log sum_k min_q max over the ball of (3)  [B]."""
