@@ -40,6 +40,7 @@ from utils import cli, files, records
 from utils.attack import ascend, attack, score_and_gradient
 from utils.batches import Augmentation, ImageSet, batches
 from utils.evaluation import evaluate
+from utils.graphs import WARM_UP, recorded
 from utils.objectives import CEDA, CEDA_GMM, Plain
 from utils.region import Coordinates, Region
 from utils.state import State
@@ -82,17 +83,21 @@ def settings(arch: str, epochs: int = 1) -> Settings:
 KINDS = {"ceda": CEDA, "ccu": CEDA_GMM, "naive_ccu": NaiveCCU}
 
 
-def make_step(kind: str, arch: str, amp: bool, device: torch.device, compiled: str | None = None):
-    """A training step on images that are there already; compiled: a mode of torch.compile for the whole loss."""
+def make_step(kind: str, arch: str, amp: bool, device: torch.device, compiled: bool = False, record: bool = True):
+    """A training step on images that are there already; compiled: by torch.compile, the whole loss.
+
+    Recorded, on a GPU, as in training.
+    """
     model, objective = make_ccu(arch, device), KINDS[kind]()
     if kind == "ceda":
         model = Softmax(model.base_model)
     model.amp = amp
     if compiled:
-        objective.loss = torch.compile(objective.loss, mode=compiled)
+        objective.loss = torch.compile(objective.loss)
     model.train()
     objective.constrain(model)
-    return partial(take_step, model, objective, make_optimizer(model, settings(arch)), *make_batch(arch, device), None)
+    step = partial(take_step, model, objective, make_optimizer(model, settings(arch)), *make_batch(arch, device), None)
+    return recorded(step, device) if record else step
 
 
 # --- the figures -----------------------------------------------------------------------------------------------------
@@ -107,6 +112,12 @@ def steps(report: Report, device: torch.device, quick: bool) -> None:
             most = 1.10 if device.type == "cuda" else 1.05 if arch == "ResNet18" else 1.35 if amp else 1.10
             report.add(f"ccu_step / ceda_step, {arch}{', bf16' * amp}", 1e3 * took["ccu"], "ms", 1e3 * took["ceda"],
                        took["ccu"] / took["ceda"], most)
+            if device.type == "cuda":
+                for kind in kinds:
+                    plain = make_step(kind, arch, amp, device, record=False)
+                    ms = 1e3 * interleaved({"plain": plain}, 3 if quick else 30, device)["plain"]
+                    report.add(f"unrecorded {kind}_step / {kind}_step, {arch}{', bf16' * amp}", 1e3 * took[kind], "ms",
+                               ms, ms / (1e3 * took[kind]))
         if quick and arch == "ResNet18" and device.type == "cpu":
             continue
         # another way of the step: kind, whether freed memory is kept, and the targets of its time and memory
@@ -140,19 +151,18 @@ def operations(report: Report, device: torch.device, quick: bool) -> None:
 
 
 def compiled(report: Report, device: torch.device, quick: bool) -> None:
-    """Whether torch.compile and, on a GPU, CUDA graphs ("reduce-overhead") would pay: run_training.py uses neither."""
+    """Whether torch.compile would pay: run_training.py does not use it."""
     amp = device.type == "cuda"
     for arch in ("LeNet",) if quick else NETWORKS:
-        for mode in ("default", "reduce-overhead") if amp else ("default",):
-            try:
-                took = interleaved({"plain": make_step("ccu", arch, amp, device),
-                                    "compiled": make_step("ccu", arch, amp, device, mode)},
-                                   repeats(arch, device, quick), device)
-            except Exception as error:          # no C++ compiler, say; the other figures are wanted all the same
-                print(f"compiled, {mode}: {error!r}"[:200], file=sys.stderr)
-                continue
-            report.add(f"compiled ccu_step / ccu_step, {arch}, {mode}{', bf16' * amp}", 1e3 * took["compiled"], "ms",
-                       1e3 * took["plain"], took["compiled"] / took["plain"])
+        try:
+            took = interleaved({"plain": make_step("ccu", arch, amp, device),
+                                "compiled": make_step("ccu", arch, amp, device, compiled=True)},
+                               20 if amp else repeats(arch, device, quick), device)
+        except Exception as error:          # no C++ compiler, say; the other figures are wanted all the same
+            print(f"compiled: {error!r}"[:200], file=sys.stderr)
+            continue
+        report.add(f"compiled ccu_step / ccu_step, {arch}, default{', bf16' * amp}", 1e3 * took["compiled"], "ms",
+                   1e3 * took["plain"], took["compiled"] / took["plain"])
 
 
 def cost_of_step(kind: str, arch: str, gpu: int | None, keep: bool, repeats: int) -> tuple[float, float | None]:
@@ -177,6 +187,7 @@ def cost_of_step(kind: str, arch: str, gpu: int | None, keep: bool, repeats: int
         needed = status("VmHWM") - before
     else:
         needed = None
+    several(WARM_UP if device.type == "cuda" else 0, step)      # recorded by then
     return 1e3 * interleaved({"step": step}, repeats, device)["step"], needed and needed / 2 ** 20
 
 
@@ -215,11 +226,14 @@ def attacks(report: Report, device: torch.device, quick: bool) -> None:
         x = torch.rand(n, channels, size, size, device=device)
         coordinates = Coordinates(ccu.gmm_in.metric)
         region = Region(coordinates, x, torch.full((n,), 5.0, dtype=torch.float64, device=device))
-        count = 2 if quick else 10
+        count = 2 if quick else 100 if device.type == "cuda" else 10
         for label, model in {"Base": Softmax(ccu.base_model).eval(), "CCU": ccu}.items():
-            passes = partial(several, count, score_and_gradient, model.attack_score, x)     # as long as the steps
-            took = interleaved({"one": partial(climb, model.attack_score, region, 1),
-                                "more": partial(climb, model.attack_score, region, 1 + count), "passes": passes},
+            one = recorded(partial(score_and_gradient, model.attack_score, x), device)
+            few = WARM_UP + 2 if device.type == "cuda" else 1           # on a GPU recorded by then
+            several(few, one)
+            passes = partial(several, count, one)                       # as long as the steps
+            took = interleaved({"one": partial(climb, model.attack_score, region, few),
+                                "more": partial(climb, model.attack_score, region, few + count), "passes": passes},
                                repeats(arch, device, quick), device)
             step, bare = (took["more"] - took["one"]) / count, took["passes"] / count
             report.add(f"attack_step / passes, {arch}, {label}", 1e3 * step, "ms", 1e3 * bare, step / bare, most=1.15,

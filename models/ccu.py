@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.detectors import Detector
-from models.gmm import GMM
+from models.gmm import GMM, component_log_probs_z
 
 
 class CCU(Detector):
@@ -31,11 +31,13 @@ class CCU(Detector):
         self.register_buffer("loglam", torch.tensor(float(loglam)))
 
     def log_densities(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """log p(x|i) [B] and log p(x|o) [B]; the coordinates z are computed once for both."""
+        """log p(x|i) [B] and log p(x|o) [B]."""
         z = self.gmm_in.metric.transform(x)
-        log_p_in = self.gmm_in.log_prob_z(z)
-        log_p_out = self.gmm_out.log_prob_z(z) if self.gmm_out is not None else torch.zeros_like(log_p_in)
-        return log_p_in, log_p_out
+        if self.gmm_out is None:
+            log_p_in = self.gmm_in.log_prob_z(z)
+            return log_p_in, torch.zeros_like(log_p_in)
+        inside, outside = component_log_probs_z(z, self.gmm_in, self.gmm_out)
+        return inside.logsumexp(1), outside.logsumexp(1)
 
     def posterior(self, log_softmax: Tensor, log_p_in: Tensor, log_p_out: Tensor) -> Tensor:
         """log p(y|x) [B, M] from log p(y|x,i) [B, M], log p(x|i) [B] and log p(x|o) [B].

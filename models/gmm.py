@@ -43,13 +43,11 @@ class GMM(nn.Module):
 
     def log_norm(self) -> Tensor:
         """log(alpha_k c_k) [K]: each component's log-density at its own mean."""
-        D = self.mu.shape[1]
-        return self.alpha - D / 2 * (math.log(2 * math.pi) + self.logvar) - self.metric.log_det / 2
+        return log_norm(self.alpha, self.logvar, self.metric)
 
     def component_log_prob_z(self, z: Tensor) -> Tensor:
         """log(alpha_k N_k) [B, K] at coordinates z [B, D] of the metric."""
-        d2 = squared_distances(z, self.metric.transform(self.mu))       # [B, K]
-        return self.log_norm() - d2 / 2 * torch.exp(-self.logvar)
+        return component_log_probs_z(z, self)[0]
 
     def log_prob_z(self, z: Tensor) -> Tensor:
         """log p [B] at coordinates z [B, D] of the metric."""
@@ -62,3 +60,18 @@ class GMM(nn.Module):
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x) [B] for x [B, ...] in pixel space."""
         return self.log_prob_z(self.metric.transform(x))
+
+
+def log_norm(alpha: Tensor, logvar: Tensor, metric: PCAMetric) -> Tensor:
+    """log(alpha_k c_k) [K] of components with these log-weights and log-variances [K]."""
+    return alpha - metric.dim / 2 * (math.log(2 * math.pi) + logvar) - metric.log_det / 2
+
+
+def component_log_probs_z(z: Tensor, *mixtures: GMM) -> tuple[Tensor, ...]:
+    """GMM.component_log_prob_z of mixtures that share a metric; one matrix product for all of them."""
+    metric = mixtures[0].metric
+    mu, logvar, alpha = (torch.cat(parts) for parts in zip(*((gmm.mu, gmm.logvar, gmm.alpha) for gmm in mixtures),
+                                                           strict=True))
+    d2 = squared_distances(z, metric.transform(mu))
+    log_probs = log_norm(alpha, logvar, metric) - d2 / 2 * torch.exp(-logvar)
+    return log_probs.split([gmm.components for gmm in mixtures], 1)

@@ -88,7 +88,7 @@ def test_projection_makes_points_feasible_and_converges_to_the_nearest_in_the_me
     trial = torch.randn(B, D, generator=gen(2), dtype=torch.float64)
     point = region.start(torch.zeros_like(trial))
     for _ in range(500):
-        point = region.project(trial @ coordinates.forward, point, step, k)
+        point = region.project(trial @ coordinates.forward, point, step, coordinates.penalty(k))
         delta = point.delta
         torch.testing.assert_close(point.along, delta @ coordinates.forward)
         x, d = region.checked(delta)
@@ -99,7 +99,8 @@ def test_projection_makes_points_feasible_and_converges_to_the_nearest_in_the_me
         best = -maximum_of_concave(metric, seeds[b], radii[b], distance_matrix(metric), goal.numpy())
         assert metric.transform(delta - trial)[b].square().sum().item() == pytest.approx(best, rel=1e-4)
     inside = region.start(0.5 * delta)
-    assert torch.allclose(region.project(inside.along, inside, step, k).delta, inside.delta, atol=1e-12)
+    again = region.project(inside.along, inside, step, coordinates.penalty(k))
+    assert torch.allclose(again.delta, inside.delta, atol=1e-12)
 
 
 @pytest.mark.parametrize("condition", [1, 1e3, 1e6])

@@ -15,6 +15,7 @@ from models.gmm import squared_distances
 from models.metric import PCAMetric
 from utils import files
 from utils.evaluation import full_precision
+from utils.graphs import recorded
 from utils.region import Coordinates, Point, Region, choose, choose_point
 from utils.state import State
 
@@ -77,15 +78,12 @@ def ascend(objective: Callable[[Tensor], Tensor], region: Region, point: Point, 
         return score, gradient.flatten(1)
 
     first = step.clamp_min(1e-30)
-    if search is None:
-        score, gradient = evaluate(point)
-        search = Search(1, point, point.along, gradient, first, torch.zeros_like(score),
-                        torch.full_like(score, PATIENCE), point, score, gradient)
-    taken, point, previous, gradient, step, stalled, patience, best, best_score, best_gradient = search
-    for k in range(taken, steps):
+
+    def advance(rho, point, previous, gradient, step, stalled, patience, best, best_score, best_gradient):
+        """The search after one more gradient, without `taken`."""
         trial = torch.lerp(previous, point.along, 1 + MOMENTUM)
         trial.addcmul_(step, region.coordinates.ascent_direction(gradient))
-        previous, point = point.along, region.project(trial, point, step, k)
+        previous, point = point.along, region.project(trial, point, step, rho)
         score, gradient = evaluate(point)
 
         better = score > best_score
@@ -100,8 +98,18 @@ def ascend(objective: Callable[[Tensor], Tensor], region: Region, point: Point, 
         step, patience = torch.where(short, first, step), torch.where(short[:, 0], 2 * patience, patience)
         point, previous = choose_point(back, best, point), choose(back, best.along, previous)
         gradient = choose(back, best_gradient, gradient)
-        keep(Search(k + 1, point, previous, gradient, step, stalled, patience, best, best_score, best_gradient))
-    return best.delta
+        return point, previous, gradient, step, stalled, patience, best, best_score, best_gradient
+
+    if search is None:
+        score, gradient = evaluate(point)
+        search = Search(1, point, point.along, gradient, first, torch.zeros_like(score),
+                        torch.full_like(score, PATIENCE), point, score, gradient)
+        keep(search)
+    advance = recorded(advance, step.device)
+    for k in range(search.taken, steps):
+        search = Search(k + 1, *advance(region.coordinates.penalty(k), *search[1:]))
+        keep(search)
+    return search.best.delta
 
 
 @torch.no_grad()
@@ -141,10 +149,6 @@ def attack(detector: Detector, coordinates: Coordinates, seeds: Tensor, radii: T
         raise ValueError("seeds must lie in [0, 1], with one radius >= 0 each")
     base = torch.randint(2 ** 62, (1,), generator=generator).item()
 
-    def objective(x: Tensor) -> Tensor:
-        progress(len(x))
-        return detector.attack_score(x)
-
     best, distance = seeds.clone(), torch.zeros_like(radii)
     with full_precision():      # as in the tables
         best_score = torch.cat([without_nan(detector.attack_score(x)) for x in seeds.split(points)])
@@ -159,6 +163,7 @@ def attack(detector: Detector, coordinates: Coordinates, seeds: Tensor, radii: T
             progress(search.taken * len(search.step))
 
     def keep(search: Search):
+        progress(len(search.step))
         if state is not None and state.due():
             plain = search._asdict() | {"point": tuple(search.point), "best": tuple(search.best)}
             state.save(finished=finished, base=base, best=best, best_score=best_score, distance=distance, basis=basis,
@@ -181,7 +186,7 @@ def attack(detector: Detector, coordinates: Coordinates, seeds: Tensor, radii: T
             to_image = region.start(images[near[rows][:, runs].T.flatten()] - region.seeds)             # [n, D]
             point = leave_plateau(detector.attack_score, region, point, to_image)
         step = alpha / 10 * region.search_radius
-        delta, search = ascend(objective, region, point, steps, step, keep, search), None
+        delta, search = ascend(detector.attack_score, region, point, steps, step, keep, search), None
         x, d = region.checked(delta)
         with full_precision():
             score = without_nan(detector.attack_score(x.view(-1, *shape)))

@@ -13,6 +13,7 @@ from models import CCU, EDL, Detector
 from models.gan import Discriminator, Generator
 from utils import parallel
 from utils.attack import linf_pgd
+from utils.graphs import Beside
 
 
 def uniform_cross_entropy(log_confidence: Tensor) -> Tensor:
@@ -147,8 +148,11 @@ class CEDA_GMM(Objective):
 
     def loss(self, model: CCU, x, y, z):
         images = torch.cat((x, z))
-        log_p_in, log_p_out = model.log_densities(images)
-        loss, scalars = combine(model.posterior(model.log_softmax(images), log_p_in, log_p_out), y,
+        with Beside(images.device) as densities:
+            log_p_in, log_p_out = model.log_densities(images)
+        log_softmax = model.log_softmax(images)
+        densities.join(log_p_in, log_p_out)
+        loss, scalars = combine(model.posterior(log_softmax, log_p_in, log_p_out), y,
                                 uniform_cross_entropy, self.p_in, self.p_out)
         log_density = torch.logaddexp(log_p_in + math.log(self.p_in), log_p_out + math.log(self.p_out))
         density_in, density_out = (part.mean() for part in log_density.split((len(x), len(z))))
@@ -215,7 +219,8 @@ class GAN(Objective):
         super().__init__()
         self.networks = {name: parallel.sync_batch_norms(network.to(device), device) for name, network in (
             ("generator", Generator(channels, size)), ("discriminator", Discriminator(channels, size)))}
-        self.optimizers = {name: torch.optim.Adam(network.parameters(), **params.GAN_ADAM)
+        on_gpu = device.type == "cuda"
+        self.optimizers = {name: torch.optim.Adam(network.parameters(), capturable=on_gpu, **params.GAN_ADAM)
                            for name, network in self.networks.items()}
 
     def draw(self, x, z, generator):

@@ -86,8 +86,8 @@ class Region:
         factor = (self.search_radius / norm.clamp_min(1e-30)).clamp_max(1)
         return point._replace(delta=point.delta * factor, along=point.along * factor)
 
-    def project(self, trial: Tensor, current: Point, step: Tensor, k: int) -> Point:
-        """A feasible point near `trial` in the metric, at step k of a search; trial [N, D] is given in Coordinates.
+    def project(self, trial: Tensor, current: Point, step: Tensor, rho: Tensor) -> Point:
+        """A feasible point near `trial` [N, D], given in Coordinates; rho, a scalar, is the penalty of this step.
 
         The projection in the metric onto ball and cube: min |d - trial|_A^2 / 2 with |d|_A <= R and d = v, v in the
         cube.  A round of the alternating direction method of multipliers with the penalty rho |d - v|_P^2 / 2 is, in
@@ -103,7 +103,7 @@ class Region:
         Why not simply clamp and pull back: clamped pixels are far away in the metric, and a pull-back that mends them
         shrinks everything, so that the search ends below the maximum.
         """
-        a, rho, force = self.coordinates.weights, self.coordinates.penalty(k), step * current.force
+        a, force = self.coordinates.weights, step * current.force
         c, R = (rho * current.along).addcmul_(a, trial).sub_(force), self.search_radius.clamp_min(1e-20)
         mu = torch.zeros_like(R)
         for _ in range(3):

@@ -14,6 +14,7 @@ from models import CCU, Detector
 from utils import parallel
 from utils.batches import Augmentation, ImageSet, batches, endless, epoch_length
 from utils.errors import UserError
+from utils.graphs import recorded
 from utils.objectives import Objective
 from utils.state import State
 
@@ -44,7 +45,8 @@ def make_optimizer(model: Detector, settings: Settings) -> torch.optim.Optimizer
     if chosen := [p for gmm in mixtures for p in gmm.parameters() if p.requires_grad]:
         groups.append({"params": chosen, "initial_lr": settings.lr_gmm, "weight_decay": 0.0})
     if settings.optimizer == "adam":
-        optimizer = torch.optim.Adam(groups, fused=True)
+        # capturable: utils/graphs.py
+        optimizer = torch.optim.Adam(groups, fused=True, capturable=next(model.parameters()).is_cuda)
     else:
         optimizer = torch.optim.SGD(groups, momentum=params.MOMENTUM, nesterov=settings.optimizer == "nesterov",
                                     fused=True)
@@ -62,7 +64,9 @@ def lr_factor(schedule: str, progress: float) -> float:
 def set_lrs(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Learning rates of the step to come: each group's first one times `factor`."""
     for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * factor
+        lr, device = group["initial_lr"] * factor, group["params"][0].device
+        # a recorded step reads it where it lies on the GPU
+        group["lr"] = torch.as_tensor(group["lr"], device=device).fill_(lr) if device.type == "cuda" else lr
 
 
 def take_step(model: Detector, objective: Objective, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor,
@@ -111,6 +115,11 @@ def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet |
     out_batch = min(settings.batch_size, len(data)) * objective.out_batch_ratio
     main = parallel.rank() == 0
     writer = None
+
+    def step_on(x, y, z):
+        return take_step(model, objective, optimizer, x, y, z, generators["noise"])
+    if parallel.world_size() == 1:      # several add up their gradients in between
+        step_on = recorded(step_on, device, generators["noise"])
     for epoch in range(len(history), settings.epochs):
         start = time.monotonic() - seconds
         model.train()
@@ -125,7 +134,7 @@ def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet |
                 continue
             if (size := parallel.world_size()) > 1:     # dropout differs from process to process; known when resumed
                 torch.manual_seed(((settings.seed * settings.epochs + epoch) * steps + step) * size + parallel.rank())
-            scalars = take_step(model, objective, optimizer, x, y, z, generators["noise"])
+            scalars = step_on(x, y, z)
             if main and writer is None:     # not before: a run that its first step refuses writes nothing
                 writer = SummaryWriter(str(log_dir))
             values = parallel.sum_tensor(objective.weight * torch.stack(list(scalars.values())).detach())   # [S]
