@@ -53,8 +53,7 @@ def plain(objective, region: Region, steps: int, eta: float) -> None:
         _, gradient = score_and_gradient(objective, region.images(point.delta))
         g = eta * gradient.flatten(1) @ backward.T
         length = (g.square() / weights).sum(1, keepdim=True).sqrt().clamp_min(1e-30)
-        point = region.project(point.along + g / weights, point, length,
-                               region.coordinates.penalty(k))
+        point = region.project(point.along + g / weights, point, length, region.coordinates.penalty(k))
 
 
 def known_maximum(metric: PCAMetric, seeds: torch.Tensor, radii: torch.Tensor, seed: int):

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 
 import torch
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 WARM_UP = 3     # calls before the recording: optimizers make their state, cuDNN finds its fastest convolutions
 
@@ -48,7 +48,7 @@ class Recorded:
         return outputs
 
     def record(self, inputs) -> None:
-        self.inputs = torch.utils._pytree.tree_map_only(torch.Tensor, torch.clone, inputs)
+        self.inputs = tree_map_only(torch.Tensor, torch.clone, inputs)
         graph = torch.cuda.CUDAGraph()
         for generator in self.generators:
             graph.register_generator_state(generator)
