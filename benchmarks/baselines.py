@@ -33,9 +33,9 @@ class NaiveCCU(CEDA_GMM):
             return self.log_prob(model.gmm_in, images), self.log_prob(model.gmm_out, images)
 
         in_x, out_x = densities(x)
-        log_p = model.posterior(model.log_softmax(x), in_x, out_x)
+        log_p = model.posterior(model.log_softmax(x), *model.log_memberships(in_x, out_x))
         in_z, out_z = densities(z)
-        log_q = model.posterior(model.log_softmax(z), in_z, out_z)
+        log_q = model.posterior(model.log_softmax(z), *model.log_memberships(in_z, out_z))
         in_x, out_x = densities(x)
         likelihood = torch.logaddexp(in_x, out_x).mean() + torch.logaddexp(in_z, out_z).mean()
         return (F.nll_loss(log_p, y) - log_q.mean() - likelihood) / 2, {}

@@ -39,18 +39,21 @@ class CCU(Detector):
         inside, outside = component_log_probs_z(z, self.gmm_in, self.gmm_out)
         return inside.logsumexp(1), outside.logsumexp(1)
 
-    def posterior(self, log_softmax: Tensor, log_p_in: Tensor, log_p_out: Tensor) -> Tensor:
-        """log p(y|x) [B, M] from log p(y|x,i) [B, M], log p(x|i) [B] and log p(x|o) [B].
+    def log_memberships(self, log_p_in: Tensor, log_p_out: Tensor) -> tuple[Tensor, Tensor]:
+        """log p(i|x) and log p(o|x) [B] from log p(x|i) and log p(x|o) [B].
 
-        The model's equation with numerator and denominator divided by the larger density: the log-densities
-        are in the thousands, and log p(y|x,i) + log p(x|i) would lose the confidence's digits in float32.
+        From their difference: the log-densities are in the thousands, and a sum with one of them would lose the
+        confidence's digits in float32.
         """
-        log_odds = (log_p_in - log_p_out - self.loglam)[:, None]                    # log p(i|x)/p(o|x)
-        return torch.logaddexp(log_softmax + F.logsigmoid(log_odds),
-                               F.logsigmoid(-log_odds) - math.log(self.classes))
+        log_odds = log_p_in - log_p_out - self.loglam
+        return F.logsigmoid(log_odds), F.logsigmoid(-log_odds)
+
+    def posterior(self, log_softmax: Tensor, log_p_i: Tensor, log_p_o: Tensor) -> Tensor:
+        """log p(y|x) = log( p(y|x,i) p(i|x) + p(o|x)/M ) [B, M], of log p(y|x,i) [B, M] and `log_memberships` [B]."""
+        return torch.logaddexp(log_softmax + log_p_i[:, None], log_p_o[:, None] - math.log(self.classes))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.posterior(self.log_softmax(x), *self.log_densities(x))
+        return self.posterior(self.log_softmax(x), *self.log_memberships(*self.log_densities(x)))
 
     def attack_score(self, x: Tensor) -> Tensor:
         """log( confidence - 1/M ) [B] = log( max_y p(y|x,i) - 1/M ) + log p(i|x).
@@ -59,6 +62,6 @@ class CCU(Detector):
         gradient 0; this one climbs the classifier's confidence and the log-density ratio, which is not flat there.
         """
         confidence = self.log_softmax(x).amax(1).exp()
-        log_p_in, log_p_out = self.log_densities(x)
+        log_p_i, _ = self.log_memberships(*self.log_densities(x))
         tiny = torch.finfo(confidence.dtype).eps / self.classes
-        return (confidence - 1 / self.classes).clamp_min(tiny).log() + F.logsigmoid(log_p_in - log_p_out - self.loglam)
+        return (confidence - 1 / self.classes).clamp_min(tiny).log() + log_p_i

@@ -17,7 +17,7 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     a, b = a - centre, b - centre
     a2, b2 = a.square().sum(1, keepdim=True), b.square().sum(1)
     with torch.autocast(a.device.type, enabled=False):
-        return torch.addmm(a2 + b2, a, b.T, alpha=-2).clamp_min(0)
+        return torch.addmm(a2 + b2, a, b.T, alpha=-2).relu()      # what rounding made negative is 0
 
 
 class GMM(nn.Module):
@@ -73,5 +73,5 @@ def component_log_probs_z(z: Tensor, *mixtures: GMM) -> tuple[Tensor, ...]:
     mu, logvar, alpha = (torch.cat(parts) for parts in zip(*((gmm.mu, gmm.logvar, gmm.alpha) for gmm in mixtures),
                                                            strict=True))
     d2 = squared_distances(z, metric.transform(mu))
-    log_probs = log_norm(alpha, logvar, metric) - d2 / 2 * torch.exp(-logvar)
+    log_probs = torch.addcmul(log_norm(alpha, logvar, metric), d2, torch.exp(-logvar), value=-0.5)
     return log_probs.split([gmm.components for gmm in mixtures], 1)

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 from models import CCU, GMM, MCD, PCAMetric, Softmax, build_classifier
 from models.detectors import EDL
 from utils import objectives, training
 from utils.attack import attack
 from utils.batches import Augmentation, ImageSet
-from utils.graphs import WARM_UP, recorded
+from utils.graphs import WARM_UP, Recorded, recorded
 from utils.region import Coordinates
 from utils.state import State
 
@@ -134,7 +135,7 @@ def test_a_function_that_waits_is_computed_all_the_same(capsys):
         for i in range(2 * WARM_UP):
             x = torch.full((4,), float(i), device="cuda")
             assert torch.equal(step(x), function(x))
-        assert ("waits for the GPU" in capsys.readouterr().err) == warns
+        assert ("could not be recorded" in capsys.readouterr().err) == warns
         assert (step.graph is None) == warns
 
 
@@ -151,6 +152,41 @@ def test_other_shapes_and_generators():
         expected = x + torch.rand(n, generator=other, device="cuda")
         assert torch.equal(step(x, None), expected)
     assert torch.equal(generator.get_state(), other.get_state())
+
+
+@pytest.mark.parametrize("batches", [[5, 5, 5, 3], [5, 5, 3], [5, 3]])
+def test_what_comes_most_often_is_recorded(batches, monkeypatch):
+    """Also where the fourth batch is an epoch's smaller last one; on a CPU, with a recording that is none."""
+    class Replay(Recorded):
+        def record(self, inputs):
+            assert self.inputs is None
+            self.inputs = tree_map_only(torch.Tensor, torch.clone, inputs)
+            self.graph, self.outputs = self, torch.empty_like(self.inputs[0])
+
+        def aside(self, inputs):
+            return self.function(*inputs)
+
+        def replay(self):
+            replayed.append(len(self.outputs))
+            self.outputs.copy_(self.inputs[0] + self.inputs[1][0])
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
+    replayed: list[int] = []
+    step = Replay(lambda x, more: x + more[0])
+    for epoch in range(6):
+        for n in batches:
+            x, y = torch.full((n,), float(epoch)), torch.rand(n)
+            assert torch.equal(step(x, (y, None)), x + y)
+    assert replayed == [5] * (6 * batches.count(5) - WARM_UP)
+
+
+@pytest.mark.parametrize("train_type", ["plain", "CEDA", "CEDA_GMM"])
+def test_torch_compile_takes_a_loss_whole(train_type):
+    objective, model = objectives.make(train_type, 0.0, True, 1, torch.zeros(1, 1, SIZE, SIZE)), make_model(train_type)
+    x, z = torch.rand(2, 6, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    batch = model, x, torch.arange(6), z
+    loss, scalars = torch.compile(objective.loss, backend="eager", fullgraph=True)(*batch)
+    expected, others = objective.loss(*batch)
+    torch.testing.assert_close((loss, scalars), (expected, others))
 
 
 def test_a_cpu_records_nothing():

@@ -1,6 +1,7 @@
 """Equal steps on a GPU, recorded once as a CUDA graph: many small operations take longer to launch than to compute."""
 
 import sys
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -10,30 +11,30 @@ WARM_UP = 3     # calls before the recording: optimizers make their state, cuDNN
 
 
 class Recorded:
-    """function(*inputs), on a GPU recorded at its fourth call and replayed from then on, in one launch.
+    """function(*inputs), on a GPU recorded at its fourth call of the same shapes and from then on replayed for these.
 
     inputs: tensors, None, and tuples of these.  The function computes on the GPU alone, waits for nothing and does the
     same each time; what it changes (weights, an optimizer's state) it changes in place.  Inputs of other shapes than
-    the recorded ones, as a last batch's, go to the function itself, and so do all where the recording fails because
-    the function waits for the GPU.  A replay overwrites what the one before returned.  Random numbers come from the
-    GPU's own generator, or from `generators`, whose states go on as they would without.
+    the recorded ones, as a last batch's, go to the function itself, and so do all where the recording fails, because
+    the function waits for the GPU or memory is short.  A replay overwrites what the one before returned.  Random
+    numbers come from the GPU's own generator, or from `generators`, whose states go on as they would without.
     """
 
     def __init__(self, function: Callable, *generators: torch.Generator):
-        self.function, self.generators, self.calls = function, generators, 0
+        self.function, self.generators, self.calls = function, generators, Counter()
         self.graph = self.inputs = self.outputs = None
         self.stream = torch.cuda.Stream()
 
     def __call__(self, *inputs):
-        self.calls += 1
-        if self.calls <= WARM_UP:
-            return self.aside(inputs)
-        if self.calls == WARM_UP + 1:
+        shapes = shapes_of(inputs)
+        if self.inputs is None:
+            self.calls[shapes] += 1
+            if self.calls[shapes] <= WARM_UP:
+                return self.aside(inputs)
             self.record(inputs)
-        given, mine = tree_leaves(inputs), tree_leaves(self.inputs)
-        if self.graph is None or [shape(x) for x in given] != [shape(x) for x in mine]:
+        if self.graph is None or shapes != shapes_of(self.inputs):
             return self.function(*inputs)
-        for x, value in zip(mine, given, strict=True):
+        for x, value in zip(tree_leaves(self.inputs), tree_leaves(inputs), strict=True):
             if x is not None:
                 x.copy_(value)
         self.graph.replay()
@@ -57,12 +58,12 @@ class Recorded:
                 self.outputs = self.function(*self.inputs)
             self.graph = graph
         except RuntimeError as error:
-            print(f"warning: slower than need be, since a step waits for the GPU or does not keep to it: "
+            print("warning: slower than need be, since a step could not be recorded (does it wait for the GPU?): "
                   f"{str(error).splitlines()[0]}", file=sys.stderr)
 
 
-def shape(x: torch.Tensor | None) -> torch.Size | None:
-    return None if x is None else x.shape
+def shapes_of(inputs: tuple) -> tuple[torch.Size | None, ...]:
+    return tuple(None if x is None else x.shape for x in tree_leaves(inputs))
 
 
 def recorded(function: Callable, device: torch.device, *generators: torch.Generator) -> Callable:
@@ -77,19 +78,19 @@ class Beside:
     """
 
     def __init__(self, device: torch.device):
-        self.main = torch.cuda.current_stream() if device.type == "cuda" and torch.cuda.is_current_stream_capturing() \
-            else None
-        self.side = self.main and torch.cuda.Stream()
-        self.context = torch.cuda.stream(self.side)         # of None: does nothing
+        self.main = None
+        if device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+            self.main, self.side = torch.cuda.current_stream(), torch.cuda.Stream()
 
     def __enter__(self) -> "Beside":
         if self.main:
             self.side.wait_stream(self.main)
-        self.context.__enter__()
+            torch.cuda.set_stream(self.side)
         return self
 
     def __exit__(self, *error) -> None:
-        self.context.__exit__(*error)
+        if self.main:
+            torch.cuda.set_stream(self.main)
 
     def join(self, *results: torch.Tensor) -> None:
         """Wait for the block, whose results are used from here on."""

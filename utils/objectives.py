@@ -148,20 +148,21 @@ class CEDA_GMM(Objective):
 
     def loss(self, model: CCU, x, y, z):
         images = torch.cat((x, z))
-        with Beside(images.device) as densities:
+        with Beside(images.device) as beside:
             log_p_in, log_p_out = model.log_densities(images)
+            log_p_i, log_p_o = model.log_memberships(log_p_in, log_p_out)
+            log_density = math.log(self.p_in) + log_p_in - log_p_i                  # p(x) = p_in p(x|i) / p(i|x)
+            density_in, density_out = (part.mean() for part in log_density.split((len(x), len(z))))
+            likelihood = self.p_in * density_in + self.p_out * density_out
+            of_densities = {"log_density_in": density_in.detach(), "log_density_out": density_out.detach(),
+                            "largest_var_in": model.gmm_in.logvar.detach().max().exp()}
+            if model.gmm_out is not None:
+                of_densities["smallest_var_out"] = model.gmm_out.logvar.detach().min().exp()
         log_softmax = model.log_softmax(images)
-        densities.join(log_p_in, log_p_out)
-        loss, scalars = combine(model.posterior(log_softmax, log_p_in, log_p_out), y,
-                                uniform_cross_entropy, self.p_in, self.p_out)
-        log_density = torch.logaddexp(log_p_in + math.log(self.p_in), log_p_out + math.log(self.p_out))
-        density_in, density_out = (part.mean() for part in log_density.split((len(x), len(z))))
-        loss = loss - self.p_in * density_in - self.p_out * density_out
-        scalars |= {"log_density_in": density_in.detach(), "log_density_out": density_out.detach(),
-                    "largest_var_in": model.gmm_in.logvar.detach().max().exp()}
-        if model.gmm_out is not None:
-            scalars["smallest_var_out"] = model.gmm_out.logvar.detach().min().exp()
-        return loss, scalars
+        beside.join(log_p_i, log_p_o, likelihood, *of_densities.values())
+        loss, scalars = combine(model.posterior(log_softmax, log_p_i, log_p_o), y, uniform_cross_entropy,
+                                self.p_in, self.p_out)
+        return loss - likelihood, scalars | of_densities
 
     @torch.no_grad()
     def constrain(self, model):
