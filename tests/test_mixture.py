@@ -1,5 +1,6 @@
 """Metric, densities, EM and the CCU model against scipy, scikit-learn and closed forms."""
 
+import math
 import shutil
 from unittest import mock
 
@@ -17,6 +18,7 @@ from models.gmm import squared_distances
 from utils import checkpoints
 from utils.data import load_in_dist
 from utils.fit import Fit, em, fit_gmm, kmeans_start
+from utils.objectives import CEDA_GMM
 from utils.out_data import load_out
 from utils.state import State
 
@@ -198,6 +200,22 @@ def test_ccu_is_the_mixture_of_the_paper(two):
     expected = (log_softmax.exp() * p_in + lam / 10 * p_out) / (p_in + lam * p_out)
     memberships = model.log_memberships(log_p_in, log_p_out)
     torch.testing.assert_close(model.posterior(log_softmax, *memberships).exp(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("two", [True, False])
+def test_the_trained_likelihood_keeps_the_smaller_log_density_s_digits(two):
+    """Far from the in-distribution log p(x|i) is -1e9, and log p(x) is log p_out p(x|o); float32 beside float64."""
+    model = tiny_ccu(two).eval()
+    model.gmm_in.logvar.data.fill_(-18)
+    x, z, y = *torch.rand(2, 5, 1, 28, 28), torch.arange(5)
+    objective = CEDA_GMM(model.loglam.item())
+    assert model.gmm_in.log_prob(z).max() < -1e8
+    found = objective.loss(model, x, y, z)[1]["log_density_out"].item()
+    if two:
+        _, log_p_out = model.double().log_densities(z.double())
+        assert found == pytest.approx(log_p_out.mean().item() + math.log(objective.p_out), rel=1e-5)
+    else:
+        assert found == pytest.approx(math.log(objective.p_out), rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("two", [True, False])

@@ -54,7 +54,8 @@ class Recorded:
         for generator in self.generators:
             graph.register_generator_state(generator)
         try:
-            with torch.cuda.graph(graph, stream=self.stream):
+            # the outer context restores the stream where the inner one fails to
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, stream=self.stream):
                 self.outputs = self.function(*self.inputs)
             self.graph = graph
         except RuntimeError as error:
@@ -67,8 +68,9 @@ def shapes_of(inputs: tuple) -> tuple[torch.Size | None, ...]:
 
 
 def recorded(function: Callable, device: torch.device, *generators: torch.Generator) -> Callable:
-    """`Recorded` on a GPU, the function itself on a CPU."""
-    return Recorded(function, *generators) if device.type == "cuda" else function
+    """`Recorded` on the current GPU, the function itself on a CPU or on another GPU, which has streams of its own."""
+    here = device.type == "cuda" and device.index in (None, torch.cuda.current_device())
+    return Recorded(function, *generators) if here else function
 
 
 class Beside:

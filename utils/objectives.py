@@ -151,7 +151,7 @@ class CEDA_GMM(Objective):
         with Beside(images.device) as beside:
             log_p_in, log_p_out = model.log_densities(images)
             log_p_i, log_p_o = model.log_memberships(log_p_in, log_p_out)
-            log_density = math.log(self.p_in) + log_p_in - log_p_i                  # p(x) = p_in p(x|i) / p(i|x)
+            log_density = torch.logaddexp(log_p_in + math.log(self.p_in), log_p_out + math.log(self.p_out))
             density_in, density_out = (part.mean() for part in log_density.split((len(x), len(z))))
             likelihood = self.p_in * density_in + self.p_out * density_out
             of_densities = {"log_density_in": density_in.detach(), "log_density_out": density_out.detach(),
