@@ -6,12 +6,11 @@
 
 What is compared runs in turn, in one process, and medians count; but the naive step, memory, and an epoch in two
 processes are measured in processes of their own, unrecorded steps after the recorded ones, and the fits, the loader
-with PIL and brentq once each.  Prints a
-table and one JSON line a figure, and writes these to results/benchmark_<machine>.json.  Where the target is an upper
-limit, a ratio is ours / baseline, where it is a lower one, how many times better ours is.  The baselines (baselines.py)
-are simple: naive = rotate every difference of an image and a centroid, as the published code does; scikit-learn's fit;
-scipy's brentq, point by point; a DataLoader with PIL transforms.  Nothing else should run beside it.  About 15 minutes
-on two cores.
+with PIL and brentq once each.  Prints a table and one JSON line a figure, and writes these to
+results/benchmark_<machine>.json.  Where the target is an upper limit, a ratio is ours / baseline, where it is a lower
+one, how many times better ours is.  The baselines (baselines.py) are simple: naive = rotate every difference of an
+image and a centroid, as the published code does; scikit-learn's fit; scipy's brentq, point by point; a DataLoader with
+PIL transforms.  Nothing else should run beside it.  About 15 minutes on two cores.
 """
 
 import json
