@@ -214,8 +214,7 @@ def layout(rows: dict, args) -> pd.DataFrame:
 
 
 def parser() -> cli.Parser:
-    p = cli.Parser(__doc__).datasets().out_dataset().common()
-    p.add_argument("--models", nargs="+", action="extend", metavar="LABEL", help="labels (all that are trained)")
+    p = cli.Parser(__doc__).datasets().out_dataset().common().table()
     p.add_argument("--fit_out", type=cli.flag, default=False, help="radii from CCU (1) or from CCUs (0)")
     p.add_argument("--certificate", choices=METHODS, default="paper", help="which bound gives the radii; "
                    "paper is the one that the published code computes (paper)")
@@ -241,8 +240,6 @@ def parser() -> cli.Parser:
     p.add_argument("--radius", type=cli.number(0), help="attack in balls of this radius, in units of the metric, "
                    "instead of the certified ones")
     p.add_argument("--certify", type=cli.flag, default=False, help="1 = add radii, certified bounds and GAUC (0)")
-    p.add_argument("--drop_mmc", type=cli.flag, default=False, help="1 = leave out MMC, the mean "
-                   "maximal confidence (0)")
     p.add_argument("--wide_format", type=cli.flag, default=False, help="1 = one column per label (0)")
     p.add_argument("--vertical", type=cli.flag, default=False, help="without --wide_format: 1 = data sets below each "
                    "other (0)")

@@ -188,12 +188,9 @@ def certificates(models, sets, scores) -> pd.DataFrame:
 
 
 def parser() -> cli.Parser:
-    p = cli.Parser(__doc__).dataset().common()
-    p.add_argument("--models", nargs="+", action="extend", metavar="LABEL", help="labels (all that are trained)")
+    p = cli.Parser(__doc__).dataset().common().table()
     p.add_argument("--batch_size", type=cli.integer(1), default=params.EVAL_BATCH_SIZE,
                    help=f"images at a time ({params.EVAL_BATCH_SIZE})")
-    p.add_argument("--drop_mmc", type=cli.flag, default=False, help="1 = leave out MMC, the mean "
-                   "maximal confidence (0)")
     p.add_argument("--aupr", type=cli.flag, default=False, help="1 = average precision instead of AUC (0)")
     p.add_argument("--certify", type=cli.flag, default=False, help="1 = a table of certified radii too (0)")
     p.add_argument("--ood", nargs="+", action="extend", type=cli.assignment, default=[], metavar="NAME=FOLDER",

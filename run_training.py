@@ -33,8 +33,6 @@ from utils.registry import check_fit, load_models
 from utils.state import State
 from utils.training import Settings, train
 
-FILLED_IN = ("network", "optimizer", "lr", "decay")     # by `fill_in`
-
 
 def main(args):
     device = cli.device(args.gpu)
@@ -164,8 +162,6 @@ def is_there(path, args, out_name, mixtures) -> bool:
     record = records.load(model_paths.run_record(path))
     made = record.get("options", {}) | {"out_dataset": record.get("out_dataset")}
     states = [model_paths.training_state(path, i) for i in (None, *range(args.members))]
-    if "network" not in made:       # of a run before these were recorded
-        made |= {key: getattr(args, key) for key in FILLED_IN if made.get(key) is None}
     if (record.get("mixtures") != (mixtures and mixtures[2]) or any(state.exists() for state in states)
             or any(made.get(key) != value for key, value in decisive(args, out_name).items())):
         return False

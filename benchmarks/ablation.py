@@ -93,8 +93,8 @@ def main(args):
     table = pd.DataFrame(rows, dtype=float).T
     notes = [f"command: {records.of(args)['command']}",
              f"all models: {records.how_made(model.meta | {'out_dir': args.out_dir, 'mixtures': None})}",
-             "R: median radius (tight, ratio 1.1) around uniform noise, in units of the metric; R / distance: its "
-             "median share (%) of the distance to the closest test image; R > 0: share of seeds (%)"]
+             f"R: median radius (tight, ratio {params.RATIO}) around uniform noise, in units of the metric; "
+             "R / distance: its median share (%) of the distance to the closest test image; R > 0: share of seeds (%)"]
     title = f"Ablation, {name}"
     tables.show(table, title)
     print(*(f"wrote {file}" for file in tables.write(table, stem, title, notes)), sep="\n")
@@ -106,7 +106,7 @@ def radii(model, noise, test) -> dict:
     if not isinstance(model, CCU):
         return dict.fromkeys(("R", "R / distance", "R > 0"))
     radius = certified_radius(model, noise, params.RATIO)
-    z, z_test = (model.gmm_in.metric.transform(x.flatten(1)) for x in (noise, test))
+    z, z_test = (model.gmm_in.metric.transform(x) for x in (noise, test))
     distance = torch.cdist(z.double(), z_test.double()).amin(1)
     return {"R": radius.median().item(), "R / distance": 100 * (radius / distance).median().item(),
             "R > 0": 100 * (radius > 0).double().mean().item()}
@@ -118,7 +118,7 @@ def parser() -> cli.Parser:
     p.add_argument("--epochs", type=cli.integer(1), default=params.EPOCHS, help=f"epochs of training ({params.EPOCHS})")
     p.add_argument("--arch", choices=tuple(params.NETWORKS), metavar="A", help="LeNet or ResNet18")
     p.add_argument("--amp", type=cli.flag, default=False, help="1 = classifier in bf16 (0)")
-    p.add_argument("--ood", nargs="+", type=cli.assignment, default=[], metavar="NAME=FOLDER",
+    p.add_argument("--ood", nargs="+", action="extend", type=cli.assignment, default=[], metavar="NAME=FOLDER",
                    help="more OOD sets: folders of images")
     return p
 

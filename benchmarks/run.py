@@ -46,8 +46,8 @@ from utils.region import Coordinates, Region
 from utils.state import State
 from utils.training import Settings, make_optimizer, take_step, train
 
-NETWORKS = {"LeNet": (1, 28, "adam"), "ResNet18": (3, 32, "sgd")}
-K, M, B = 100, 10, 128
+NETWORKS = {"LeNet": (1, 28), "ResNet18": (3, 32)}      # channels, size
+K, M, B = params.CENTROIDS, 10, params.BATCH_SIZE
 
 
 def repeats(arch: str, device: torch.device, quick: bool) -> int:
@@ -58,7 +58,7 @@ def repeats(arch: str, device: torch.device, quick: bool) -> int:
 
 def make_ccu(arch: str, device: torch.device, shape: tuple[int, int] | None = None) -> CCU:
     """A CCU of the default shape or of [channels, size]; it takes the same time whatever the numbers are."""
-    channels, size = shape or NETWORKS[arch][:2]
+    channels, size = shape or NETWORKS[arch]
     D = channels * size ** 2
     generator = torch.Generator().manual_seed(0)
     metric = PCAMetric(torch.linalg.qr(torch.randn(D, D, generator=generator))[0], torch.linspace(10, 0.1, D))
@@ -69,13 +69,13 @@ def make_ccu(arch: str, device: torch.device, shape: tuple[int, int] | None = No
 
 
 def make_batch(arch: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    channels, size, _ = NETWORKS[arch]
+    channels, size = NETWORKS[arch]
     x, z = torch.rand(2, B, channels, size, size, device=device)
     return x, torch.arange(B, device=device) % M, z
 
 
 def settings(arch: str, epochs: int = 1) -> Settings:
-    optimizer = NETWORKS[arch][2]
+    optimizer = params.NETWORKS[arch]["optimizer"]
     return Settings(optimizer, params.LR[optimizer] / 100, params.LR_GMM, params.WEIGHT_DECAY, ("mu", "var"), epochs,
                     B, 0)
 
@@ -198,7 +198,7 @@ def loader(report: Report, device: torch.device, quick: bool) -> None:
     images = rng.integers(0, 256, (n, 28, 28), np.uint8)
     data = ImageSet("MNIST", torch.from_numpy(images)[:, None], torch.zeros(n, dtype=torch.int64), M).to(device)
     generator = torch.Generator(device).manual_seed(0)
-    augmentation = Augmentation(2, "constant", False)
+    augmentation = Augmentation.of(params.DATASETS["MNIST"])
 
     def ours():
         for _ in batches(data, B, generator, augmentation):
@@ -222,7 +222,7 @@ def attacks(report: Report, device: torch.device, quick: bool) -> None:
     for arch in ("LeNet",) if quick and device.type == "cpu" else NETWORKS:
         ccu = make_ccu(arch, device).eval()
         n = 500 if arch == "LeNet" or device.type == "cuda" else 50
-        channels, size, _ = NETWORKS[arch]
+        channels, size = NETWORKS[arch]
         x = torch.rand(n, channels, size, size, device=device)
         coordinates = Coordinates(ccu.gmm_in.metric)
         region = Region(coordinates, x, torch.full((n,), 5.0, dtype=torch.float64, device=device))
@@ -239,7 +239,8 @@ def attacks(report: Report, device: torch.device, quick: bool) -> None:
             report.add(f"attack_step / passes, {arch}, {label}", 1e3 * step, "ms", 1e3 * bare, step / bare, most=1.15,
                        batch=n)
             if arch == "LeNet":
-                seeds, restarts, many = 200, 50, 500
+                seeds = params.ATTACK_BATCHES * params.ATTACK_BATCH_SIZE
+                restarts, many = params.ATTACK_RESTARTS, params.ATTACK_STEPS
                 if device.type == "cuda" and not quick:
                     z, radii = x[:100], region.radii[:100]          # one of two batches
                     batch = partial(attack, model, coordinates, z, radii, many, restarts)
@@ -274,7 +275,7 @@ def certificates(report: Report, device: torch.device, quick: bool) -> None:
 
 def evaluation(report: Report, device: torch.device, quick: bool) -> None:
     """Images a second of CCU against its bare network."""
-    for arch, (channels, size, _) in NETWORKS.items():
+    for arch, (channels, size) in NETWORKS.items():
         ccu = make_ccu(arch, device)
         n = 1_000 if quick or arch == "ResNet18" and device.type == "cpu" else 10_000
         data = ImageSet("test", torch.randint(0, 256, (n, channels, size, size), dtype=torch.uint8), None, 0).to(device)
@@ -299,7 +300,7 @@ def epochs(report: Report, device: torch.device, quick: bool) -> None:
         model.amp = True
         with tempfile.TemporaryDirectory() as scratch:
             history = train(model, objective, data, out if label == "CCU" else None,
-                            Augmentation(2, "constant", False), settings("ResNet18", 3),
+                            Augmentation.of(params.DATASETS["FMNIST"]), settings("ResNet18", 3),
                             State(Path(scratch, "state"), {}, False), Path(scratch, "logs"), label)
         seconds = statistics.median(epoch["seconds"] for epoch in history[1:])
         report.add(f"epoch, ResNet18, {label}, bf16, {n} images", seconds, "s", hours_to_100_epochs=seconds / 36)

@@ -118,7 +118,10 @@ class Members(nn.ModuleList):
 
 
 class DE(Detector):
-    """Deep ensemble (Lakshminarayanan et al. 2017): the mean of the members' probabilities."""
+    """Deep ensemble (Lakshminarayanan et al. 2017): the mean of the members' probabilities.
+
+    Deviation: members are trained without adversarial examples.
+    """
 
     def __init__(self, members: Sequence[nn.Module]):
         super().__init__(Members(members), members=len(members))
@@ -179,6 +182,7 @@ class Maha(Perturbed):
     means [M, F]; whitening W [F, F] with W W^T = Sigma^-1, the (pseudo-)inverse of the covariance that all classes
     share: d^2 = |W^T (f - mean)|^2 cannot become negative.  The log-confidences are the classifier's own, at the
     input as it is: its predictions make the test error.
+    Deviation: of one layer; Lee et al. combine several.
     """
 
     score_is_confidence = False

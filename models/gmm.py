@@ -21,9 +21,9 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 class GMM(nn.Module):
-    """p(x) = sum_k exp(alpha_k) N_k(x), spherical with variance exp(logvar_k) in `metric`.
+    """p(x) = sum_k alpha_k N_k(x), spherical with variance exp(logvar_k) in `metric`.
 
-    mu [K, D] in pixel space, logvar [K], alpha [K] log-weights (not trained).
+    mu [K, D] in pixel space, logvar [K]; `alpha` [K], as in the authors' files, holds log alpha_k (not trained).
     """
 
     def __init__(self, mu: Tensor, logvar: Tensor, alpha: Tensor, metric: PCAMetric):

@@ -136,21 +136,24 @@ def test_acet_lowers_the_largest_confidence_on_adversarial_noise(uniform, monkey
     model = Softmax(Linear()).train()
     calls = []
 
-    def attack(score, start, eps, steps, generator):
-        calls.append((start, eps, steps, model.training))
-        return start / 2 + 0.1
+    def attack(score, x0, eps, steps, start):
+        calls.append((x0, start, eps, steps, model.training))
+        return x0 / 2 + 0.1
     monkeypatch.setattr(objectives, "linf_pgd", attack)
     torch.set_default_dtype(torch.float64)
     try:
         objective = objectives.ACET(0.75, steps=7, uniform=uniform)
         loss, _ = objective(model, x, y, None if uniform else z, torch.Generator().manual_seed(1))
-        start = torch.rand(x.shape, generator=torch.Generator().manual_seed(1)) if uniform else z
+        draws = torch.Generator().manual_seed(1)
+        x0 = torch.rand(x.shape, generator=draws) if uniform else z
+        start = torch.rand(x0.shape, generator=draws)
     finally:
         torch.set_default_dtype(torch.float32)
     assert objectives.takes_out_images("ACET", fit_out=not uniform) is not uniform and model.training
-    assert calls[0][1:] == (params.ACET_EPS, 7, False) and torch.equal(calls[0][0], start)
+    assert calls[0][2:] == (params.ACET_EPS, 7, False)
+    assert torch.equal(calls[0][0], x0) and torch.equal(calls[0][1], start)
     lam = math.exp(0.75)
-    X, Z = arrays(x, start / 2 + 0.1)
+    X, Z = arrays(x, x0 / 2 + 0.1)
     agrees(loss, lambda W: (np_cross_entropy(np_softmax(X @ W), y) + lam * np.log(np_softmax(Z @ W).max(1)).mean())
            / (1 + lam), W=model.base_model.W)
 

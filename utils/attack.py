@@ -130,8 +130,8 @@ def attack(detector: Detector, coordinates: Coordinates, seeds: Tensor, radii: T
     way to one of them (search r of a seed: to the r-th nearest), if the score is higher there.
 
     A search steps along the metric's steepest ascent, scaled to the step's length, with momentum, and projects
-    (Region.project).  alpha: length of the first step in tenths of the radius (3: 0.3 R).  The published code's
-    is in the metric's units, but radii differ a thousandfold between data sets.  Each point has its own step:
+    (Region.project).  alpha: length of the first step in tenths of the radius (3: 0.3 R).  Deviation: the published
+    code's is in the metric's units, but radii differ a thousandfold between data sets.  Each point has its own step:
     10 % longer at each better score, halved after three gradients without one, when the search goes back to its
     best point.  benchmarks/attack_strength.py compares it with plain gradient steps.
 

@@ -17,9 +17,14 @@ MEND = {ATTACK: "python gen_attack_stats.py --datasets {} --wide_format 1 --fit_
         SCORES: "python gen_eval.py --dataset {}"}
 
 
+def command(format: str, dataset: str) -> str:
+    """What makes a backup of this format."""
+    return MEND[format].format(dataset + " --data_dir DIR" * (dataset == "Folder"))
+
+
 def load(dataset: str, format: str, file: str | Path | None = None) -> dict:
     """The backup `file`, or the newest of this data set and format."""
-    mend = MEND[format].format(dataset)
+    mend = command(format, dataset)
     if file is not None:
         backup = files.load(file, format, f"make one: {mend}")
         if backup["dataset"] != dataset:
@@ -57,6 +62,7 @@ def caption(backup: dict) -> str:
 def confidences(attack: dict, scores: dict) -> dict[str, dict[str, Tensor]]:
     """label -> set -> confidences [N], test set first and adversarial noise last, of the models in both backups."""
     sets: dict[str, dict[str, Tensor]] = {}
+    both = "; ".join(command(format, attack["dataset"]) for format in (ATTACK, SCORES))
     for label in with_confidence(attack):
         if f"{label}/orig" not in scores["scores"]:
             continue
@@ -64,12 +70,10 @@ def confidences(attack: dict, scores: dict) -> dict[str, dict[str, Tensor]]:
                 if key.startswith(f"{label}/")}
         a, b = mine["orig"], attack["scores_in"][label]
         if a.shape != b.shape or not torch.allclose(a, b, atol=1e-3):
-            dataset = attack["dataset"]
-            raise UserError(f"the two backups are of different models {label}; make both again: "
-                            f"{MEND[ATTACK].format(dataset)}; {MEND[SCORES].format(dataset)}")
+            raise UserError(f"the two backups are of different models {label}; make both again: {both}")
         sets[label] = {f"{attack['dataset']} (test)": mine.pop("orig"), **mine,
                        "adversarial noise": attack["models"][label]["score"]}
     if not sets:
         raise UserError("no method whose score is a confidence is in both backups; run both on the same --models: "
-                        f"{MEND[ATTACK].format(attack['dataset'])}; {MEND[SCORES].format(attack['dataset'])}")
+                        f"{both}")
     return {label: {name: score.double().exp() for name, score in of.items()} for label, of in sets.items()}

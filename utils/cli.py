@@ -103,6 +103,12 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--out_dir", type=path, help="folder of photos for --out_dataset Folder")
         return self
 
+    def table(self) -> "Parser":
+        self.add_argument("--models", nargs="+", action="extend", metavar="LABEL", help="labels (all that are trained)")
+        self.add_argument("--drop_mmc", type=flag, default=False, help="1 = leave out MMC, the mean maximal "
+                          "confidence (0)")
+        return self
+
     def metric(self) -> "Parser":
         self.add_argument("--PCA", type=flag, default=True, help="1 = metric from a PCA, 0 = Euclidean (1)")
         self.add_argument("--metric", choices=("pca", "mahalanobis"), default="pca", help="with --PCA 1: divide "
@@ -225,7 +231,8 @@ def has_bf16(device: torch.device) -> bool:
 
 def keep_freed_memory() -> None:
     """For work in equal steps on a CPU: glibc gives large tensors back to the system at once, and each 4 kB of the
-    next step's cost a page fault.  Kept, they take more memory at the peak (benchmarks/run.py)."""
+    next step's cost a page fault.  Kept, they take more memory at the peak; a ResNet18 gains by it, a LeNet loses a
+    little (benchmarks/run.py)."""
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)
