@@ -31,7 +31,7 @@ from models import CCU, certified_radius, confidence_bound
 from models.certificate import METHODS
 from utils import cli, evaluation, files, parallel, records, tables
 from utils.attack_batches import attack_all, merge, unit_folder
-from utils.backups import ATTACK, meta_of
+from utils.backups import ATTACK, check_replaceable, meta_of
 from utils.data import KNOWN_OOD, load_in_dist, load_ood
 from utils.errors import UserError
 from utils.out_data import load_out, resolve
@@ -53,6 +53,8 @@ def main(args):
     stem = Path(args.output or model_paths.table(1, f"{'_'.join(args.datasets)}_{model_paths.stamp()}"))
     backups = {dataset: model_paths.backup(stem, dataset) for dataset in args.datasets}
     files.check_writable(stem, *tables.files_of(stem), *backups.values())
+    for path in backups.values():
+        check_replaceable(path, ATTACK)
     jobs = {dataset: prepare(dataset, args, device) for dataset in args.datasets}      # all checks before any work
     files.lock(stem)
     rows, notes, written, finished = {}, [f"command: {records.of(args)['command']}"], [], []
@@ -112,7 +114,7 @@ def describe_balls(args, radii) -> str:
     seeds = f"seeds of {args.load_seeds}" if args.load_seeds else f"seeds: {args.seeds or 'uniform noise'}"
     if args.out_seeds:
         seeds = f"seeds: test draws of {resolve(args.out_dataset, args.data_dir)}"
-    seeds += f"; {args.steps} steps, {args.restarts} start{'s' * (args.restarts > 1)} a seed"
+    seeds += f"; {args.steps} step{'s' * (args.steps > 1)}, {args.restarts} start{'s' * (args.restarts > 1)} a seed"
     if args.radius is not None:
         return f"{seeds}; all radii {args.radius:g}"
     return (f"{seeds}; radii of {BALLS[args.fit_out]} by the {args.certificate} certificate at ratio {params.RATIO}: "

@@ -25,10 +25,10 @@ import params
 from models import CCU, certified_radius
 from models.certificate import METHODS
 from utils import cli, evaluation, files, records, tables
-from utils.backups import SCORES, meta_of
+from utils.backups import SCORES, check_replaceable, meta_of
 from utils.data import load_in_dist, load_ood, load_ood_folder
 from utils.errors import MissingData, UserError
-from utils.out_data import FIXED, load_out
+from utils.out_data import FIXED, load_out, one_holds
 from utils.registry import check_fit, load_models, name_untrained
 
 
@@ -43,6 +43,7 @@ def main(args):
     stems = [stem, f"{stem}_fpr95", *[f"{stem}_certified"] * args.certify]
     runs_file = model_paths.table_runs(stem)
     files.check_writable(stem, *(path for each in stems for path in tables.files_of(each)), runs_file, backup)
+    check_replaceable(backup, SCORES)
     models = load_models(args.dataset, args.models, device)
     if args.certify and not any(isinstance(model, CCU) for model in models.values()):
         raise UserError("--certify 1: none of the models has a certificate, as CCU would: "
@@ -140,12 +141,6 @@ def warn_overlap(models, sets, test, args) -> None:
         for what, others in hashes.items():
             if same := sum(image in others for image in own):
                 print(f"warning: {same} of {len(own)} images of {name} are among those of {what}", file=sys.stderr)
-
-
-def one_holds(a: str, b: str) -> bool:
-    """Whether one of two folders is the other or lies in it."""
-    a, b = Path(a).resolve(), Path(b).resolve()
-    return a.is_relative_to(b) or b.is_relative_to(a)
 
 
 def image_bytes(data):

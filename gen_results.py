@@ -10,6 +10,7 @@ seed alone (Base, Base-seed1, ...) become mean ± standard deviation.
 """
 
 import contextlib
+import json
 import sys
 from pathlib import Path
 
@@ -27,6 +28,10 @@ SHORT = {"MNIST-100epochs": ("Base", "CEDA", "OE", "ODIN", "Maha", "CCUs", "CCU"
          "Folder-CIFAR10-JPEG": ("Base", "CEDA", "ODIN", "Maha", "CCU")}
 BEGIN, END = "<!-- results: written by gen_results.py -->\n", "<!-- end of results -->\n"
 SHORTEST = params.EPOCHS / 20       # a run of fewer epochs compares with no whole one
+# of a model's options those that do not decide it, or are compared by what came of them; of its mixtures likewise
+INDIFFERENT = ("seed", "label", "gpu", "debug", "verbose", "resume", "download", "data_dir", "out_dataset", "out_dir",
+               "arch", "gmm_path")
+MEASURED = ("variances", "log_likelihoods", "seconds")
 AUTHORS = Path(__file__).parent / "results" / "authors_2019-05.csv"
 
 
@@ -109,7 +114,8 @@ def section(name: str) -> str:
     """Heading, how the models were made, our figures, ours beside the authors'."""
     runs = read_runs(name)
     figures = over_seeds(read_figures(name, runs), runs)
-    if apart := [label for label in figures if model_paths.without_seed(label) != label]:
+    plain = list(map(model_paths.without_seed, figures))
+    if apart := [label for label, of in zip(figures, plain, strict=True) if label != of and plain.count(of) > 1]:
         print(f"warning: {name}: {', '.join(apart)} and the others of their label do not differ in their seed alone: "
               "not averaged; remove the checkpoints that are to be trained anew, and make tables", file=sys.stderr)
     text = f"### {heading(name, runs)}\n\n{how(name, runs)}\n" + markdown(figures.map(show)) + certified(name, runs)
@@ -183,18 +189,26 @@ def read_figures(name: str, runs: dict) -> pd.DataFrame:
 def over_seeds(figures: pd.DataFrame, runs: dict) -> pd.DataFrame:
     """A column a label; cells (mean, standard deviation over seeds, NaN for a single one).
 
-    Models of a label that differ in more than their seed, or not even in that, keep a column each.
+    Models of a label that differ in more than their seed, or not even in that, keep a column each, and so does a single
+    one of another seed than the label's.
     """
     cells: dict[str, list] = {}
     for label in dict.fromkeys(map(model_paths.without_seed, figures)):
         names = [name for name in figures if model_paths.without_seed(name) == label]
-        alike = (len({records.how_made(runs[name] | {"seed": None}) for name in names}) == 1
+        alike = (len({all_but_seed(runs[name]) for name in names}) == 1
                  and len({runs[name].get("seed") for name in names}) == len(names))
-        groups = {label: names} if alike else {name: [name] for name in names}
+        groups = {label: names} if alike and len(names) > 1 else {name: [name] for name in names}
         for column, group in groups.items():
             seeds = figures[group]
             cells[column] = list(zip(seeds.mean(axis=1), seeds.std(axis=1, ddof=1), strict=True))
     return pd.DataFrame(cells, figures.index)
+
+
+def all_but_seed(run: dict) -> str:
+    """What decides a model, to be compared."""
+    options = {key: value for key, value in run.get("options", {}).items() if key not in INDIFFERENT}
+    mixtures = {key: value for key, value in (run.get("mixtures") or {}).items() if key not in MEASURED}
+    return json.dumps([records.how_made(run | {"seed": None}), run.get("arch"), options, mixtures], sort_keys=True)
 
 
 def show(cell: tuple) -> str:

@@ -33,6 +33,7 @@ from utils.registry import check_fit, load_models
 from utils.state import State
 from utils.training import Settings, train
 
+TOLD = ("arch", "batch_size", "lr", "lr_gmm", "decay", "loglam", "grad_vars")     # where a model departs from defaults
 
 def main(args):
     device = cli.device(args.gpu)
@@ -48,6 +49,8 @@ def main(args):
     calibrated = args.train_type in params.CALIBRATED
     takes_out = objectives.takes_out_images(args.train_type, args.fit_out)
     out_name = resolve(args.out_dataset, args.data_dir) if takes_out else None
+    changed = " ".join(f"--{name} {' '.join(value) if isinstance(value, list) else value}"
+                       for name, value in given(args, TOLD).items())
     if not calibrated:
         fill_in(args)
 
@@ -87,10 +90,10 @@ def main(args):
     meta = {"dataset": args.dataset, "label": label, "train_type": args.train_type, "out_dataset": out_name,
             "epochs": args.epochs, "seed": args.seed, "augm_flag": args.augm_flag, "amp": args.amp, "test_error": error,
             "mixtures": mixtures and mixtures[2], "class_names": list(data.class_names), "steps": args.steps,
-            "members": args.members, "out_dir": args.out_dir, "warmstart": args.warmstart,
+            "members": args.members, "out_dir": args.out_dir, "warmstart": args.warmstart, "changed": changed,
             "source": base and base.meta.get("source")}
     if calibrated:
-        meta |= {key: base.meta.get(key) for key in ("epochs", "augm_flag", "amp")}
+        meta |= {key: base.meta.get(key) for key in ("epochs", "augm_flag", "amp", "changed")}
         chosen = {name: getattr(model, name).item() for name in history[0] if name != "auroc"}
         meta |= chosen
         print(", ".join(f"{name} {value:.4g}" for name, value in chosen.items()))
@@ -142,6 +145,8 @@ def train_network(args, seed, name, state_path, data, out, base, mixtures) -> tu
         "class_names": list(data.class_names), "images": [len(data), out and len(out)]}
     if mixtures:
         options["gmm_path"] = f"of {files.digest(*mixtures[:2])}"       # the file may have been written anew
+    if args.warmstart:
+        options["base"] = files.digest(base)
     logs = model_paths.log_dir(args.dataset, name)
     model.amp = args.amp
     history = train(model, objective, data, out, augmentation, settings, State(state_path, options, args.resume), logs,
@@ -210,8 +215,13 @@ def unused_options(args) -> list[str]:
     names += ["PCA", "metric", "n", "lr_gmm", "grad_vars"] * (args.train_type != "CEDA_GMM")
     names += ["epochs", "amp", "lr", "decay", "arch"] * calibrated
     names += ["loglam"] * (calibrated or args.train_type in ("OE", "EDL", "GAN"))
+    return [f"--{name}" for name in given(args, names)]
+
+
+def given(args, names) -> dict:
+    """Those of these options that are not at their default, and their values."""
     options = parser()
-    return [f"--{name}" for name in names if getattr(args, name) != options.get_default(name)]
+    return {name: getattr(args, name) for name in names if getattr(args, name) != options.get_default(name)}
 
 
 def load_mixtures(args, out_name):

@@ -192,6 +192,9 @@ TABLE = [
     (f"{TRAIN} plain --metric maha", ["maha", "mahalanobis"]),
     (f"{TRAIN} plain Digits", ["Digits belongs to no option"]),
     (f"{TRAIN} CEDA --data_dir {'d' * 300}", ["ddd", "too long"]),
+    (f"{TRAIN} CEDA --out_dataset Folder --out_dir=", ["--out_dir", "empty path"]),
+    (f"{EVAL} --output=", ["--output", "names no file"]),
+    (f"{EVAL} --output new/", ["--output", "'new/' names no file"]),
     (f"{LOAD} {'f' * 300}", ["fff", "too long"]),
     (TRAIN.removesuffix(" --train_type"), ["--train_type", "required"]),
     (f"{TRAIN} CEDA --out_dataset Folder", ["--out_dir"]),
@@ -279,6 +282,10 @@ TABLE = [
       for made in ("t.csv", "t.txt", "t_fpr95.csv", "t_fpr95.txt", "t_runs.json", "backup/t.pt")),
     *((f"{ATTACK} --output t", ["can't write", made], folder(made)) for made in ("t.csv", "t.txt")),
     (f"{ATTACK} --output t", ["can't write", "backup"], text("backup")),
+    (f"{EVAL} --output t_Digits", ["backup/t_Digits.pt", "attack on Digits", "another --output"],
+     saved("backup/t_Digits.pt", {"format": backups.ATTACK, "dataset": "Digits"})),
+    (f"{ATTACK} --output t", ["backup/t_Digits.pt", "scores for Digits", "another --output"],
+     saved("backup/t_Digits.pt", {"format": backups.SCORES, "dataset": "Digits"})),
     (f"{LOAD} {BASE}", ["can't write", "checkpoints/MNIST"], text("checkpoints/MNIST")),
 
     # models

@@ -22,7 +22,7 @@ from utils import noise, out_data
 from utils.batches import Augmentation, ImageSet, augment, batches, crop_flip, draw_crops, endless
 from utils.data import load_in_dist, load_ood, load_ood_folder
 from utils.errors import MissingData, UserError
-from utils.images import random_crops, shape_like
+from utils.images import list_images, random_crops, shape_like
 from utils.out_data import load_out, resolve
 from utils.torchvision_guard import datasets
 
@@ -223,6 +223,21 @@ def test_a_folder_without_images_is_missing_data(tmp_path):
     (tmp_path / "LSUN_CR" / "data.mdb").touch()
     with pytest.raises(MissingData, match="no images in .*LSUN_CR"):
         load_ood("LSUN_CR", random_set(), tmp_path)
+
+
+def test_hidden_folders_are_passed_over(tmp_path):
+    for folder in (".hidden/photos", ".hidden/photos/sub", ".hidden/photos/.ipynb_checkpoints/sub"):
+        write_photos(tmp_path / folder, 2, size=(8, 8))
+    assert [path.parent.name for path in list_images(tmp_path / ".hidden/photos")] == ["photos"] * 2 + ["sub"] * 2
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_an_image_that_is_too_large_is_named_with_the_reason(tmp_path, monkeypatch, capsys):
+    write_photos(tmp_path, 2, size=(9, 9))
+    Image.fromarray(np.zeros((100, 100), np.uint8)).save(tmp_path / "phone.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9999)
+    assert len(load_ood_folder("mine", tmp_path, random_set()).images) == 2
+    assert "phone.png (above 0 million pixels: scale it down)" in capsys.readouterr().err
 
 
 def test_failed_download_is_one_line(tmp_path, monkeypatch):

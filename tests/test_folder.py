@@ -90,6 +90,8 @@ def test_a_link_that_leads_nowhere_is_named_and_left_out(tmp_path, capsys):
      "--image_size"),
     ("run_training.py --dataset Folder --data_dir images --image_size 10 --train_type plain", "no multiple of 4"),
     ("load_pretrained.py --dataset Folder --pretrained x.pt", "Folder"),
+    *((f"{script} {DATA} --out_dataset Folder --out_dir images{part}", "has images of the in-distribution")
+      for script in ("gen_gmm.py", "run_training.py --train_type CEDA") for part in ("", "/train", "/test/red")),
 ])
 def test_what_does_not_fit_is_named(in_folder, capsys, command, culprit):
     assert culprit in refusal(command, capsys)

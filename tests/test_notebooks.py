@@ -1,6 +1,11 @@
 """Every notebook runs from top to bottom with the values of its first cell, and what is missing is one line."""
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -69,6 +74,15 @@ def test_what_is_missing_is_one_line_and_the_rest_is_drawn(tmp_path, monkeypatch
     assert ("Figure3_Histograms", "Digits") in ran
     assert printed.err.splitlines() == [f"left out {name}: run gen_eval.py" for name in
                                         ("Figure2_Samples", "Confidences", "Confidences", "Certificate")]
+
+
+def test_ctrl_c_ends_a_notebook_in_one_line(tmp_path):
+    run = subprocess.Popen([sys.executable, gen_figures.__file__, "--datasets", "Digits"], cwd=tmp_path, text=True,
+                           env=os.environ | {"TMPDIR": str(tmp_path)}, stderr=subprocess.PIPE)
+    while not list(tmp_path.glob("tmp*.json")) and run.poll() is None:      # how to reach the kernel
+        time.sleep(0.1)
+    run.send_signal(signal.SIGINT)
+    assert run.communicate(timeout=60)[1].strip() == "gen_figures.py: interrupted" and run.returncode == 130
 
 
 def test_figures_that_could_not_be_written_are_not_drawn(tmp_path, monkeypatch, capsys):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import run_script
+from conftest import killed, run_script
 
 import run_training
 import utils.training as training
@@ -64,6 +64,25 @@ def test_a_warm_start_begins_with_the_weights_of_base(method, trained, digits_ru
     cold, = trained(method)
     assert same_classifier(base, warm.before) and not same_classifier(base, cold.before)
     assert not load_model("checkpoints/Digits/X.pt").meta["warmstart"]      # the cold one
+
+
+def test_a_warm_start_from_another_base_does_not_go_on(work, monkeypatch, capsys):
+    command = "run_training.py --dataset Digits --train_type plain --warmstart 1 --epochs 1 --label Warm"
+    killed(monkeypatch, run_script, command)
+    base = load_model("checkpoints/Digits/Base.pt")
+    with torch.no_grad():
+        base.base_model.fc2.bias += 1
+    save_model(base, "checkpoints/Digits/Base.pt")
+    with pytest.raises(SystemExit) as stopped:
+        run_script(f"{command} --resume 1")
+    assert stopped.value.code == 2 and "Warm.state was made with base" in capsys.readouterr().err
+
+
+def test_the_tables_name_options_that_are_not_at_their_defaults(work):
+    run_script("run_training.py --dataset Digits --train_type CEDA_GMM --fit_out 1 --n 10 --epochs 1 --lr 0.01 "
+               "--grad_vars mu --batch_size 256 --arch LeNet --label Other")
+    assert "--arch LeNet --batch_size 256 --lr 0.01 --grad_vars mu" in how_made(
+        load_model("checkpoints/Digits/Other.pt").meta)
 
 
 def test_the_tables_name_a_warm_start_and_where_base_came_from(work):

@@ -13,8 +13,9 @@ import models
 import params
 import run_training
 from models import Detector, Softmax
-from utils import checkpoints, evaluation, load_model, objectives, save_model
+from utils import checkpoints, evaluation, load_model, objectives, save_model, state
 from utils.data import load_in_dist, load_ood
+from utils.errors import UserError
 
 TRAIN = "run_training.py --dataset Digits --train_type Energy --epochs 1"
 ATTACK = "gen_attack_stats.py --datasets Digits --fit_out 1 --wide_format 1 --batches 1 --batch_size 4 --steps 2 " \
@@ -109,6 +110,46 @@ def test_what_could_not_be_loaded_again_is_refused_before_it_is_trained(mistake,
         run_script(TRAIN)
     assert stopped.value.code == 2 and reason in capsys.readouterr().err
     assert not Path("checkpoints/Digits/Energy.pt").exists() and not list(work.glob("logs/**/*"))
+
+
+class Running(Loss):
+    """Divides the loss by a running mean."""
+
+    def __init__(self, loglam=0.0):
+        super().__init__(loglam)
+        self.mean = torch.ones(())
+
+    def loss(self, model, x, y, z):
+        loss, scalars = super().loss(model, x, y, z)
+        self.mean.lerp_(loss.detach(), 0.1)
+        return loss / self.mean, scalars
+
+
+def test_what_an_own_loss_keeps_is_there_when_a_training_is_resumed(work, monkeypatch):
+    add(monkeypatch, Energy, Energy)
+    monkeypatch.setitem(objectives.OBJECTIVES, "Energy", Running)
+    monkeypatch.setattr(state, "SAVE_EVERY", 0.0)
+    run_script(f"{TRAIN.removesuffix('1')}2")
+    whole, save = load_model("checkpoints/Digits/Energy.pt").state_dict(), state.State.save
+
+    def dying(self, **values):
+        save(self, **values)
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(state.State, "save", dying)
+        with pytest.raises(SystemExit):
+            run_script(f"{TRAIN.removesuffix('1')}2")
+    run_script(f"{TRAIN.removesuffix('1')}2 --resume 1")
+    resumed = load_model("checkpoints/Digits/Energy.pt").state_dict()
+    assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
+
+
+def test_a_score_of_several_networks_that_could_not_be_loaded_is_not_saved(work, monkeypatch):
+    monkeypatch.setitem(models.DETECTORS, "Energy", Energy)
+    ensemble = models.DE([models.LeNet() for _ in range(2)])
+    with pytest.raises(UserError, match="can't write Energy.pt, which would not load again: missing key"):
+        save_model(Energy(ensemble.base_model), "Energy.pt", {})
+    assert not Path("Energy.pt").exists()
 
 
 def test_a_check_of_what_is_saved_draws_no_random_numbers():

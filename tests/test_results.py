@@ -44,7 +44,9 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("change", [{"epochs": 8}, {"seed": 0}, {"options": {"amp": False}}])
+@pytest.mark.parametrize("change", [{"epochs": 8}, {"seed": 0}, {"options": {"amp": False}}, {"arch": "ResNet18"},
+                                    {"options": {"amp": True, "members": 5, "lr": 1e-4}},
+                                    {"mixtures": {"metric": "pca", "n": 100, "reg_covar": 0.5}}])
 def test_models_that_differ_in_more_than_their_seed_are_not_averaged(change, folder, monkeypatch, capsys):
     """Nor models of one seed under two names, whose deviation of 0 would say that the method does not depend on it."""
     monkeypatch.setattr(gen_results, "SHORT", {"MNIST": ("Base",)})
@@ -91,6 +93,16 @@ def test_seeds_become_mean_and_deviation_beside_the_authors(folder, monkeypatch)
     assert f"| AUC FMNIST | {base} | 99.25 |\n" in short and "old" not in short
     run_script("gen_results.py")
     assert [page.read_text() for page in gen_results.PAGES] == [first, written]
+
+
+def test_a_single_model_of_another_seed_keeps_its_name(folder, capsys):
+    for path in Path("results").glob("table2_MNIST*"):
+        path.write_text(path.read_text().replace("CEDA", "CEDA-seed1"))
+    path = Path("results/table1_MNIST.csv")
+    path.write_text(path.read_text().replace("CEDA", "CEDA-seed1"))
+    run_script("gen_results.py")
+    text = re.sub(" +", " ", gen_results.results())
+    assert "| | Base | CEDA-seed1 | MCD |\n" in text and not capsys.readouterr().err
 
 
 def test_certificates_of_the_same_command_follow_the_table(folder):

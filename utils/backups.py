@@ -1,5 +1,6 @@
 """What the figures are made of: the files that the tables leave in results/backup (README: Backups)."""
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -41,6 +42,16 @@ def load(dataset: str, format: str, file: str | Path | None = None) -> dict:
             return backup
     demo = ", or: make demo" * (dataset == "Digits")
     raise UserError(f"{model_paths.BACKUP} holds no {KIND[format]} {dataset} yet; run: {mend}{demo}")
+
+
+def check_replaceable(path: Path, format: str) -> None:
+    """UserError where the other table's backup would be lost."""
+    backup = None
+    with contextlib.suppress(UserError):        # none is there, or a damaged one
+        backup = files.load(path)
+    if isinstance(backup, dict) and backup.get("format") in KIND.keys() - {format}:
+        raise UserError(f"{path} is the backup of another table, the {KIND[backup['format']]} {backup.get('dataset')}: "
+                        "choose another --output")
 
 
 def with_confidence(backup: dict) -> list[str]:

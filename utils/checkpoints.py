@@ -22,7 +22,8 @@ LARGEST_SIZE = 1024     # pixels, height and width of a model's images
 def save_model(model: models.Detector, path: str | Path, meta: dict | None = None) -> Path:
     """A checkpoint of `model` that `load_model` rebuilds; `meta` (plain values) says how it was made.
 
-    ValueError where one of META is of another type, or a value is not plain.  UserError where the model is not float32.
+    ValueError where one of META is of another type, or a value is not plain.  UserError where the model is not float32,
+    or would not load again.
     """
     if model.spec["base_model"] is None:
         raise UserError(f"can't write {path}: the classifier has no spec to rebuild it from; use one of "
@@ -37,6 +38,10 @@ def save_model(model: models.Detector, path: str | Path, meta: dict | None = Non
     for key, value in state.items():
         if value.is_floating_point() and value.dtype != torch.float32:
             raise UserError(f"can't write {path}: {key} is {value.dtype}; save model.float()")
+    try:
+        _rebuild(model.spec, state)
+    except Exception as error:
+        raise UserError(f"can't write {path}, which would not load again: {first_line(error)[:200]}") from error
     return save({"format": MODEL, "spec": model.spec, "state": state, "meta": meta}, path)
 
 

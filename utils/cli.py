@@ -141,6 +141,8 @@ def name(text: str) -> str:
 def path(text: str) -> str:
     """argparse type: a path, whether or not anything is there, without a slash at its end; from Python 3.14 on pathlib
     takes one that cannot be looked at, too long or not permitted, for one where nothing is."""
+    if not text:        # a variable of the shell that is not set
+        raise argparse.ArgumentTypeError("an empty path")
     try:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.stat(text)
@@ -151,6 +153,8 @@ def path(text: str) -> str:
 
 def stem(text: str) -> str:
     """argparse type: PATH of PATH.csv and PATH.txt; either file's name means the same."""
+    if not text or text.endswith("/"):
+        raise argparse.ArgumentTypeError(f"{text!r} names no file")
     return text.removesuffix(".csv").removesuffix(".txt")
 
 

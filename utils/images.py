@@ -6,6 +6,7 @@ Resizing is bilinear with antialias everywhere (Pillow's BILINEAR); grey is Pill
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,10 +22,13 @@ from utils.errors import MissingData, UserError
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")     # not EPS, which is a program
 GREY_MODES = ("1", "L", "LA", "I;16", "I", "F")
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)     # what is too large is named below
 
 
 def list_images(path: str | Path) -> list[Path]:
-    """All image files below a folder, sorted; MissingData if there are none, PermissionError if one may not look."""
+    """All image files below a folder but hidden ones, sorted; MissingData if there are none, PermissionError if one may
+    not look.
+    """
     def refuse(error: OSError):     # what may not be read is not left out in silence
         if isinstance(error, PermissionError):
             raise error
@@ -35,6 +39,7 @@ def list_images(path: str | Path) -> list[Path]:
             folders.clear()
             continue
         seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]     # .ipynb_checkpoints and the like
         files += [Path(folder, name) for name in names
                   if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
     files.sort()
@@ -57,20 +62,21 @@ def read_images(paths: Sequence[Path], channels: int, size: int, crops: Sequence
     ends = np.cumsum(counts)
     starts = ends - counts
     out = np.empty((ends[-1], channels, size, size), np.uint8)
-    bad: list[int] = []
+    bad: dict[int, str] = {}        # why, where it can be mended
 
     def read(i: int) -> None:
         try:
             with Image.open(paths[i], formats=FORMATS) as image:
                 if image.width * image.height > Image.MAX_IMAGE_PIXELS:     # Pillow itself only warns
-                    raise ValueError("too large")
+                    bad[i] = f" (above {Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels: scale it down)"
+                    return
                 if crops[i] is not None:   # a big JPEG may be decoded at a fraction of its size
                     image.draft(None, (8 * size, 8 * size))
                 image = _decode(image, channels)
             out[starts[i]:ends[i]] = (random_crops(image, crops[i], size) if crops[i] is not None else
                                       pixels(ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)))
         except Exception:   # decoders raise a dozen kinds of errors on damaged files
-            bad.append(i)
+            bad[i] = ""
 
     # decoding big images runs beside Python, small ones only get into each other's way
     some = paths[::max(1, len(paths) // 100)]
@@ -81,7 +87,7 @@ def read_images(paths: Sequence[Path], channels: int, size: int, crops: Sequence
             pass
     kept = np.ones(len(out), bool)
     if bad:
-        names = ", ".join(str(paths[i]) for i in sorted(bad)[:5]) + (", ..." if len(bad) > 5 else "")
+        names = ", ".join(f"{paths[i]}{bad[i]}" for i in sorted(bad)[:5]) + (", ..." if len(bad) > 5 else "")
         if len(bad) == len(paths):
             raise UserError(f"none of the {len(paths)} images of {what} can be read: {names}")
         print(f"warning: {len(bad)} of {len(paths)} images cannot be read and are left out: {names}",

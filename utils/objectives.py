@@ -78,11 +78,12 @@ class Objective:
         """Before the first step and after every step."""
 
     def state_dict(self) -> dict:
-        """What a resumed run needs of the objective itself."""
-        return {}
+        """What a resumed run needs of the objective itself: its tensors."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def load_state_dict(self, state: dict) -> None:
-        pass
+        for name, value in state.items():
+            getattr(self, name).copy_(value)
 
 
 class Plain(Objective):

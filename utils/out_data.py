@@ -67,6 +67,9 @@ def load_out(name: str, like: ImageSet, data_dir: str | Path, out_dir: str | Pat
         n = min(n, max(1, params.OUT_BYTES // like.images.shape[1:].numel()))
         if crops and uses is not None:
             n = min(n, uses)
+    if name == "Folder" and like.name == "Folder" and out_dir is not None and any(
+            one_holds(out_dir, Path(data_dir, part)) for part in ("train", "test")):
+        raise UserError(f"--out_dir {out_dir} has images of the in-distribution, those in {data_dir}: choose another")
     if name == "Photos":
         images = _photo(split, n, shape, rng)
     elif name == "Folder":
@@ -84,6 +87,12 @@ def load_out(name: str, like: ImageSet, data_dir: str | Path, out_dir: str | Pat
         images = load_plain(name, split, data_dir, download).images
         images = shape_like(images[torch.from_numpy(rng.permutation(len(images))[:n])], *shape)
     return ImageSet(name, images, None, 0).to(like.images.device)
+
+
+def one_holds(a: str | Path, b: str | Path) -> bool:
+    """Whether one of two folders is the other or lies in it."""
+    a, b = Path(a).resolve(), Path(b).resolve()
+    return a.is_relative_to(b) or b.is_relative_to(a)
 
 
 def _draw(count: int, split: str, n: int, rng: Generator, excluded: np.ndarray | None = None) -> np.ndarray:

@@ -61,6 +61,7 @@ def how_made(made: dict) -> str:
              and f"{mixtures.get('metric')} metric, K = {mixtures.get('n')}",
              made.get("seed") is not None and f"seed {made['seed']}",
              made.get("augm_flag") is False and "not augmented",
+             made.get("changed"),
              made.get("warmstart") and "from Base's weights",
              made.get("source")]
     return ", ".join(filter(None, parts)) or "of unknown origin"

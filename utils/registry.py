@@ -30,7 +30,7 @@ def load_models(dataset: str, labels: list[str] | None, device: torch.device) ->
     models = {label: checkpoints.load_model(found[label], device).to(memory_format=torch.channels_last)
               for label in labels}
     for label, model in models.items():
-        if model.meta.get("dataset", dataset) != dataset:
+        if (model.meta.get("dataset") or dataset) != dataset:
             raise UserError(f"{found[label]} was trained on {model.meta['dataset']}, not on {dataset}; remove it, and "
                             "train one: run_training.py")
     return models
@@ -55,7 +55,7 @@ def check_fit(models: dict[str, Detector], data: ImageSet) -> None:
                 hint = f" (--image_size {has})" if data.name == "Folder" and key == "size" else ""
                 raise UserError(f"{path} has {key} {has}, {data.name} has {wanted}: it is a model for other images"
                                 f"{hint}; use them, or remove it")
-        if (names := tuple(model.meta.get("class_names", ()))) != data.class_names:
+        if (names := tuple(model.meta.get("class_names") or ())) != data.class_names:
             raise UserError(f"{path} was trained on the classes {', '.join(names)[:80] or '?'}, not on "
                             f"{', '.join(data.class_names)[:80]}: give its own --data_dir, or remove it")
 
