@@ -14,7 +14,7 @@ from utils.files import first_line, load, save
 MODEL, MIXTURES = "CCU model, version 1", "CCU mixtures, version 1"
 # of a checkpoint's meta, where it is there: what the tables read
 META = {"dataset": str, "label": str, "train_type": str, "out_dataset": str, "out_dir": str, "source": str,
-        "epochs": int, "seed": int, "steps": int, "members": int, "test_error": float, "mixtures": dict,
+        "changed": str, "epochs": int, "seed": int, "steps": int, "members": int, "test_error": float, "mixtures": dict,
         "class_names": list}
 LARGEST_SIZE = 1024     # pixels, height and width of a model's images
 
