@@ -1,5 +1,8 @@
 """Steps recorded as a CUDA graph are the steps: the same numbers, also of dropout and of the learning rates."""
 
+import contextlib
+import warnings
+
 import pytest
 import torch
 from torch.utils._pytree import tree_map_only
@@ -9,7 +12,7 @@ from models.detectors import EDL
 from utils import objectives, training
 from utils.attack import attack
 from utils.batches import Augmentation, ImageSet
-from utils.graphs import WARM_UP, Recorded, recorded
+from utils.graphs import WARM_UP, Recorded, recorded, side_by_side
 from utils.region import Coordinates
 from utils.state import State
 
@@ -73,11 +76,11 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("train_type,optimizer", [
     ("plain", "adam"), ("plain", "sgd"), ("CEDA", "nesterov"), ("OE", "sgd"), ("ACET", "adam"), ("CEDA_GMM", "adam"),
     ("CEDA_GMM", "sgd"), ("MCD", "sgd"), ("EDL", "adam"), ("GAN", "adam")])
-def test_recorded_training_is_the_training(train_type, optimizer, tmp_path, monkeypatch, capsys):
+def test_recorded_training_is_the_training(train_type, optimizer, tmp_path, monkeypatch, recwarn):
     replays, replay = [], torch.cuda.CUDAGraph.replay
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda self: (replays.append(1), replay(self)))
     found = run(train_type, tmp_path, optimizer)
-    assert len(replays) == 2 * 8 - WARM_UP and "slower" not in capsys.readouterr().err
+    assert len(replays) == 2 * 8 - WARM_UP and not [w for w in recwarn if "slower" in str(w.message)]
     monkeypatch.setattr(training, "recorded", lambda function, *_: function)
     assert_same(found, run(train_type, tmp_path, optimizer))
     assert len(replays) == 2 * 8 - WARM_UP
@@ -124,19 +127,18 @@ def test_a_recorded_attack_is_the_attack(train_type, monkeypatch):
 
 
 @needs_gpu
-def test_a_function_that_waits_is_computed_all_the_same(capsys):
-    def waits(x):
-        return x * x.sum().item()
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_function_that_waits_is_computed_all_the_same(waits, recwarn):
+    generator, other = (torch.Generator("cuda").manual_seed(3) for _ in range(2))
 
-    def fine(x):
-        return x + 1
-    for function, warns in ((waits, True), (fine, False)):
-        step = recorded(function, torch.device("cuda"))
-        for i in range(2 * WARM_UP):
-            x = torch.full((4,), float(i), device="cuda")
-            assert torch.equal(step(x), function(x))
-        assert ("could not be recorded" in capsys.readouterr().err) == warns
-        assert (step.graph is None) == warns
+    def function(x, generator=generator):
+        x = x * torch.rand(4, generator=generator, device="cuda")
+        return x * (x.sum().item() if waits else 2)
+    step = recorded(function, torch.device("cuda"), generator)
+    for i in range(2 * WARM_UP):
+        x = torch.full((4,), float(i), device="cuda")
+        assert torch.equal(step(x), function(x, other))
+    assert (step.graph is None) == waits == any("could not be recorded" in str(w.message) for w in recwarn)
 
 
 @needs_gpu
@@ -177,6 +179,56 @@ def test_what_comes_most_often_is_recorded(batches, monkeypatch):
             x, y = torch.full((n,), float(epoch)), torch.rand(n)
             assert torch.equal(step(x, (y, None)), x + y)
     assert replayed == [5] * (6 * batches.count(5) - WARM_UP)
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """Pretended streams, and the list of which waited for which."""
+    waits: list[tuple] = []
+
+    class Stream:
+        def wait_stream(self, other):
+            waits.append((self, other))
+    here = Stream()
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: here)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    return waits
+
+
+@pytest.mark.parametrize("fails", ["beside", "main", ""])
+def test_the_branches_of_a_recording_meet_also_where_one_fails(fails, streams, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with contextlib.suppress(ZeroDivisionError):
+        assert side_by_side(torch.device("cuda"), lambda: {}[1 / 0] if fails == "beside" else (),
+                            lambda: 1 / 0 if fails == "main" else 5) == ((), 5) and not fails
+    (side, here), last = streams
+    assert last == (here, side)
+
+
+def test_a_recording_that_fails_is_warned_of_once_and_with_the_reason(streams, monkeypatch, recwarn):
+    @contextlib.contextmanager
+    def recording(graph, stream):
+        try:
+            yield
+        finally:
+            raise RuntimeError("the recording cannot be ended")
+
+    def function(x):
+        if len(streams) == 2 * WARM_UP:
+            streams.append(())
+            raise torch.OutOfMemoryError("out of memory\nand so on")
+        return x + 1
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    warnings.simplefilter("default")
+    for _ in range(3):
+        streams.clear()
+        step = Recorded(function)
+        for i in range(2 * WARM_UP):
+            assert torch.equal(step(torch.full((2,), float(i))), torch.full((2,), i + 1.0))
+    said, = (str(w.message) for w in recwarn)
+    assert said.endswith(": out of memory")
 
 
 @pytest.mark.parametrize("train_type", ["plain", "CEDA", "CEDA_GMM"])

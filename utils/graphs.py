@@ -1,6 +1,6 @@
 """Equal steps on a GPU, recorded once as a CUDA graph: many small operations take longer to launch than to compute."""
 
-import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable
 
@@ -59,8 +59,10 @@ class Recorded:
                 self.outputs = self.function(*self.inputs)
             self.graph = graph
         except RuntimeError as error:
-            print("warning: slower than need be, since a step could not be recorded (does it wait for the GPU?): "
-                  f"{str(error).splitlines()[0]}", file=sys.stderr)
+            while error.__context__:        # the first one: after it the recording cannot be ended either
+                error = error.__context__
+            warnings.warn("slower than need be, since a step could not be recorded (does it wait for the GPU?): "
+                          f"{str(error).splitlines()[0]}", stacklevel=1)      # once, not for each block of an attack
 
 
 def shapes_of(inputs: tuple) -> tuple[torch.Size | None, ...]:
@@ -73,30 +75,22 @@ def recorded(function: Callable, device: torch.device, *generators: torch.Genera
     return Recorded(function, *generators) if here else function
 
 
-class Beside:
-    """The operations of this block run, in a recording, beside those that follow, until `join`.
+def side_by_side(device: torch.device, beside: Callable, main: Callable) -> tuple:
+    """(beside(), main()); in a recording the first runs on a stream of its own, beside the second.
 
     A GPU has room for many small operations at a time, and a recorded graph's branches are launched together.
+    beside returns tensors, also in tuples and dicts.
     """
-
-    def __init__(self, device: torch.device):
-        self.main = None
-        if device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
-            self.main, self.side = torch.cuda.current_stream(), torch.cuda.Stream()
-
-    def __enter__(self) -> "Beside":
-        if self.main:
-            self.side.wait_stream(self.main)
-            torch.cuda.set_stream(self.side)
-        return self
-
-    def __exit__(self, *error) -> None:
-        if self.main:
-            torch.cuda.set_stream(self.main)
-
-    def join(self, *results: torch.Tensor) -> None:
-        """Wait for the block, whose results are used from here on."""
-        if self.main:
-            self.main.wait_stream(self.side)
-            for result in results:
-                result.record_stream(self.main)
+    if device.type != "cuda" or torch.compiler.is_compiling() or not torch.cuda.is_current_stream_capturing():
+        return beside(), main()
+    here, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(here)
+    try:
+        with torch.cuda.stream(side):
+            results = beside()
+        others = main()
+    finally:        # CUDA could not even give up a recording whose branches do not meet
+        here.wait_stream(side)
+    for result in tree_leaves(results):
+        result.record_stream(here)
+    return results, others

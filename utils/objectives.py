@@ -13,7 +13,7 @@ from models import CCU, EDL, Detector
 from models.gan import Discriminator, Generator
 from utils import parallel
 from utils.attack import linf_pgd
-from utils.graphs import Beside
+from utils.graphs import side_by_side
 
 
 def uniform_cross_entropy(log_confidence: Tensor) -> Tensor:
@@ -149,21 +149,22 @@ class CEDA_GMM(Objective):
 
     def loss(self, model: CCU, x, y, z):
         images = torch.cat((x, z))
-        with Beside(images.device) as beside:
-            log_p_in, log_p_out = model.log_densities(images)
-            log_p_i, log_p_o = model.log_memberships(log_p_in, log_p_out)
-            log_density = torch.logaddexp(log_p_in + math.log(self.p_in), log_p_out + math.log(self.p_out))
-            density_in, density_out = (part.mean() for part in log_density.split((len(x), len(z))))
-            likelihood = self.p_in * density_in + self.p_out * density_out
-            of_densities = {"log_density_in": density_in.detach(), "log_density_out": density_out.detach(),
-                            "largest_var_in": model.gmm_in.logvar.detach().max().exp()}
-            if model.gmm_out is not None:
-                of_densities["smallest_var_out"] = model.gmm_out.logvar.detach().min().exp()
-        log_softmax = model.log_softmax(images)
-        beside.join(log_p_i, log_p_o, likelihood, *of_densities.values())
+        (log_p_i, log_p_o, likelihood, of_densities), log_softmax = side_by_side(
+            images.device, lambda: self.densities(model, images, len(x)), lambda: model.log_softmax(images))
         loss, scalars = combine(model.posterior(log_softmax, log_p_i, log_p_o), y, uniform_cross_entropy,
                                 self.p_in, self.p_out)
         return loss - likelihood, scalars | of_densities
+
+    def densities(self, model: CCU, images: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """log p(i|x) and log p(o|x) of all images, the likelihood (the first n are in-images), and what to log."""
+        log_p_in, log_p_out = model.log_densities(images)
+        log_density = torch.logaddexp(log_p_in + math.log(self.p_in), log_p_out + math.log(self.p_out))
+        density_in, density_out = (part.mean() for part in log_density.split((n, len(images) - n)))
+        scalars = {"log_density_in": density_in.detach(), "log_density_out": density_out.detach(),
+                   "largest_var_in": model.gmm_in.logvar.detach().max().exp()}
+        if model.gmm_out is not None:
+            scalars["smallest_var_out"] = model.gmm_out.logvar.detach().min().exp()
+        return (*model.log_memberships(log_p_in, log_p_out), self.p_in * density_in + self.p_out * density_out, scalars)
 
     @torch.no_grad()
     def constrain(self, model):
