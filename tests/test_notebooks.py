@@ -78,7 +78,8 @@ def test_what_is_missing_is_one_line_and_the_rest_is_drawn(tmp_path, monkeypatch
 
 def test_ctrl_c_ends_a_notebook_in_one_line(tmp_path):
     run = subprocess.Popen([sys.executable, gen_figures.__file__, "--datasets", "Digits"], cwd=tmp_path, text=True,
-                           env=os.environ | {"TMPDIR": str(tmp_path)}, stderr=subprocess.PIPE)
+                           env=os.environ | {"TMPDIR": str(tmp_path)}, stderr=subprocess.PIPE,
+                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))     # nohup's ignores it
     while not list(tmp_path.glob("tmp*.json")) and run.poll() is None:      # how to reach the kernel
         time.sleep(0.1)
     run.send_signal(signal.SIGINT)
