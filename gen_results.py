@@ -28,9 +28,8 @@ SHORT = {"MNIST-100epochs": ("Base", "CEDA", "OE", "ODIN", "Maha", "CCUs", "CCU"
          "Folder-CIFAR10-JPEG": ("Base", "CEDA", "ODIN", "Maha", "CCUs", "CCU")}
 BEGIN, END = "<!-- results: written by gen_results.py -->\n", "<!-- end of results -->\n"
 SHORTEST = params.EPOCHS / 20       # a run of fewer epochs compares with no whole one
-# of a model's options those that do not decide it, or are compared by what came of them; of its mixtures likewise
-INDIFFERENT = ("seed", "label", "gpu", "debug", "verbose", "resume", "download", "data_dir", "out_dataset", "out_dir",
-               "arch", "gmm_path")
+# of a model's options those that may differ, or are compared by what came of them; of its mixtures likewise
+INDIFFERENT = (*records.INDIFFERENT, "seed", "data_dir", "out_dataset", "out_dir", "arch", "gmm_path")
 MEASURED = ("variances", "log_likelihoods", "seconds")
 AUTHORS = Path(__file__).parent / "results" / "authors_2019-05.csv"
 

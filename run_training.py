@@ -157,8 +157,7 @@ def train_network(args, seed, name, state_path, data, out, base, mixtures) -> tu
 
 def decisive(args, out_name) -> dict:
     """The options that decide a result; auto may mean another out-distribution by now."""
-    indifferent = ["gpu", "resume", "debug", "verbose", "download", "label",
-                   *["data_dir"] * (args.dataset != "Folder")]
+    indifferent = [*records.INDIFFERENT, *["data_dir"] * (args.dataset != "Folder")]
     return {key: value for key, value in vars(args).items() if key not in indifferent} | {"out_dataset": out_name}
 
 

@@ -16,6 +16,7 @@ import params
 from utils import parallel
 
 ROOT = Path(__file__).resolve().parent.parent
+INDIFFERENT = ("gpu", "resume", "debug", "verbose", "download", "label")       # options that decide no result
 
 
 def of(args, **more) -> dict:
