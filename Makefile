@@ -1,5 +1,5 @@
 # make demo     fit, train, evaluate and attack on scikit-learn's digits: both tables in a few minutes
-# make tables DATASET=D [EPOCHS=100] [OUT_DATASET=..] [OUT_DIR=..] [DATA_DIR=..] [GPUS="0 1"] [LABELS="Base CCU"]
+# make tables DATASET=D [EPOCHS=100] [OUT_DATASET=..] [OUT_DIR=..] [DATA_DIR=..] [GPU=0 or GPUS="0 1"] [LABELS="Base CCU"]
 #               train whatever is missing, write both tables; -j 4 runs independent jobs side by side;
 #               LABELS="CCU CCU-seed1 CCU-seed2" trains with other seeds too; ARGS="--download 1" is for every script,
 #               GMM_ARGS="--PCA 0" for gen_gmm.py, TRAIN_ARGS="--amp 1" for run_training.py, EVAL_ARGS="--ood NAME=FOLDER"
@@ -78,6 +78,7 @@ OUT := $(addprefix --out_dataset ,$(OUT_DATASET)) $(if $(OUT_DIR),--out_dir "$(O
 # as in the demo, ACET's attacks are shortened where everything has to run on a laptop
 $(MODELS)/ACE%.pt: ACET = $(if $(digits),--steps 10)
 # labels take the GPUs in turn
+GPUS ?= $(GPU)
 position = $(shell printf '%s\n' $(LABELS) | grep -nx '$(1)' | cut -d: -f1)
 gpu = $(if $(GPUS),--gpu $(word $(shell echo $$(( $(or $(call position,$(1)),0) % $(words $(GPUS)) + 1 ))),$(GPUS)))
 

@@ -101,7 +101,7 @@ def main(args):
     if parallel.rank() > 0:
         return
     table = layout(rows, args)
-    title = "Table 1: adversarial noise (%)"
+    title = f"Table 1: adversarial noise (%{'; R in units of the metric' * args.certify})"
     written = tables.write(table, stem, title, notes) + written
     for parts in finished:      # only now is nothing lost that a killed run could need
         shutil.rmtree(parts)
@@ -222,7 +222,7 @@ def parser() -> cli.Parser:
                    "paper is the one that the published code computes (paper)")
     p.add_argument("--steps", type=cli.integer(1), default=params.ATTACK_STEPS,
                    help=f"gradient steps ({params.ATTACK_STEPS})")
-    p.add_argument("--restarts", type=cli.integer(1), default=params.ATTACK_RESTARTS,
+    p.add_argument("--restarts", type=cli.integer(1, 10 ** 6), default=params.ATTACK_RESTARTS,
                    help=f"starts per seed, the first at the seed ({params.ATTACK_RESTARTS})")
     p.add_argument("--alpha", type=cli.number(0, 1e3, open_low=True), default=params.ATTACK_ALPHA,
                    help=f"length of the first step in tenths of the radius ({params.ATTACK_ALPHA:g}); radii differ a "

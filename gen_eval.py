@@ -40,7 +40,7 @@ def main(args):
         raise UserError(f"--ood: {twice[0]} is a row already; choose another name")
     stem = Path(args.output or model_paths.table(2, f"{args.dataset}_{model_paths.stamp()}"))
     backup = model_paths.backup(stem)
-    stems = [stem, f"{stem}_fpr95", *[f"{stem}_certified"] * args.certify]
+    stems = [stem, f"{stem}{model_paths.FPR95}", *[f"{stem}{model_paths.CERTIFIED}"] * args.certify]
     runs_file = model_paths.table_runs(stem)
     files.check_writable(stem, *(path for each in stems for path in tables.files_of(each)), runs_file, backup)
     check_replaceable(backup, SCORES)

@@ -25,6 +25,8 @@ from utils.fit import fit_gmm
 from utils.out_data import load_out, resolve
 from utils.state import State
 
+TOLD = ("reg_covar", "data_used")       # where mixtures depart from defaults
+
 
 def main(args):
     device = cli.device(args.gpu)
@@ -73,7 +75,7 @@ def main(args):
                 state.remove()
             raise UserError(f"--n {n}: the fitted mixtures are not finite; choose fewer centroids or a larger "
                             "--reg_covar")
-        meta = {**options,
+        meta = {**options, "changed": cli.spelled(cli.given(args, parser(), TOLD)),
                 "variances": [gmm_in.logvar[0].exp().item(), gmm_out.logvar[0].exp().item()],
                 "log_likelihoods": [fit_in.log_likelihoods[-1], fit_out.log_likelihoods[-1]],
                 "seconds": time.monotonic() - start}

@@ -68,10 +68,10 @@ def results() -> str:
     for name in names_there():
         with explained_tables(name):
             text += section(name)
-    for path in sorted(model_paths.RESULTS.glob("ablation_*.csv")):
+    for path in sorted(Path().glob(f"{model_paths.ablation('*')}.csv")):
         with explained(f"{path} and its .txt", "benchmarks/ablation.py"):
             text += ablation(path)
-    for path in sorted(model_paths.RESULTS.glob("benchmark_*.json")):
+    for path in sorted(Path().glob(str(model_paths.benchmark("*")))):
         with explained(path, "benchmarks/run.py"):
             text += speed(path)
     return text
@@ -96,7 +96,7 @@ def names_there() -> list[str]:
     prefix = model_paths.table(2, "")
     names = [path.stem.removeprefix(prefix.name) for path in prefix.parent.glob(f"{prefix.name}*.csv")]
     return [name for dataset in params.DATASETS for name in sorted(names)
-            if dataset_of(name) == dataset and not name.endswith(("_fpr95", "_certified"))]
+            if dataset_of(name) == dataset and not name.endswith((model_paths.FPR95, model_paths.CERTIFIED))]
 
 
 def dataset_of(name: str) -> str:
@@ -136,9 +136,10 @@ def section(name: str) -> str:
 def certified(name: str, runs: dict) -> str:
     """What the certificates say of each set, if `gen_eval.py --certify 1` wrote it with the rest of Table 2."""
     stem = model_paths.table(2, name)
-    if not Path(f"{stem}_certified.csv").exists() or commands(f"{stem}_certified") != commands(stem):
+    table2 = f"{stem}{model_paths.CERTIFIED}"
+    if not Path(f"{table2}.csv").exists() or commands(table2) != commands(stem):
         return ""       # of another command: an earlier run's
-    table = pd.read_csv(f"{stem}_certified.csv", header=[0, 1], index_col=0).rename({"orig": "test images"})
+    table = pd.read_csv(f"{table2}.csv", header=[0, 1], index_col=0).rename({"orig": "test images"})
     parts = {what: over_seeds(table.xs(what, axis=1, level=1), runs).map(show) for what in table.columns.unique(1)}
     labels = dict.fromkeys(label for part in parts.values() for label in part)
     return (f"\nImages that are at most {params.RATIO}/M confident, those with a certified radius R > 0 (%), and the "
@@ -270,7 +271,7 @@ def speed(path: Path) -> str:
     cells = {figure["name"]: tables.benchmark_cells(figure) for figure in record["figures"]}
     rows = {name: (f"{value} {unit}", *others) for name, (value, unit, *others) in cells.items()}
     table = pd.DataFrame(rows, ["measured", "baseline", "ratio", "target", "met"]).T
-    return (f"### Speed, {path.stem.removeprefix('benchmark_')}\n\n"
+    return (f"### Speed, {path.stem.removeprefix(model_paths.benchmark('').stem)}\n\n"
             f"`{path}`: {on(machine)}, PyTorch {machine['torch']}, commit {record['commit']}, {record['time']}.\n\n"
             f"    {record['command']}\n\n"
             + markdown(table) + "\n")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 CHECKPOINTS, RESULTS, LOGS = Path("checkpoints"), Path("results"), Path("logs")
 BACKUP, FIGURES = RESULTS / "backup", RESULTS / "figures"
+FPR95, CERTIFIED = "_fpr95", "_certified"       # what Table 2's stem has added for the tables beside it
 
 # label in the tables, in their order -> how run_training.py makes it
 LABELS = {
@@ -59,6 +60,16 @@ def model(dataset: str, label: str) -> Path:
 def table(number: int, name: str) -> Path:
     """A table's files without their endings."""
     return RESULTS / f"table{number}_{name}"
+
+
+def ablation(name: str) -> Path:
+    """An ablation's files without their endings."""
+    return RESULTS / f"ablation_{name}"
+
+
+def benchmark(machine: str) -> Path:
+    """What benchmarks/run.py measured."""
+    return RESULTS / f"benchmark_{machine}.json"
 
 
 def stamp() -> str:

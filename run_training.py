@@ -41,7 +41,7 @@ def main(args):
     if args.amp and not cli.has_bf16(device):
         print("warning: this machine only imitates bf16 arithmetic: training with --amp 1 is slower than without",
               file=sys.stderr)
-    if unused := unused_options(args):
+    if unused := [f"--{name}" for name in cli.given(args, parser(), useless(args))]:
         without = " without --fit_out 1" * (args.train_type == "ACET" and not args.fit_out)
         print(f"warning: --train_type {args.train_type}{without} has no use for {', '.join(unused)}", file=sys.stderr)
     label = args.label or model_paths.label(args.train_type, args.fit_out)
@@ -49,8 +49,7 @@ def main(args):
     calibrated = args.train_type in params.CALIBRATED
     takes_out = objectives.takes_out_images(args.train_type, args.fit_out)
     out_name = resolve(args.out_dataset, args.data_dir) if takes_out else None
-    changed = " ".join(f"--{name} {' '.join(value) if isinstance(value, list) else value}"
-                       for name, value in given(args, TOLD).items())
+    changed = cli.spelled(cli.given(args, parser(), TOLD))
     if not calibrated:
         fill_in(args)
 
@@ -152,12 +151,14 @@ def train_network(args, seed, name, state_path, data, out, base, mixtures) -> tu
     history = train(model, objective, data, out, augmentation, settings, State(state_path, options, args.resume), logs,
                     name, args.verbose)
     model.amp = False
+    if parallel.rank() == 0 and logs.exists():      # not where all epochs were there
+        print(f"wrote {logs}/")
     return model, history
 
 
 def decisive(args, out_name) -> dict:
     """The options that decide a result; auto may mean another out-distribution by now."""
-    indifferent = [*records.INDIFFERENT, *["data_dir"] * (args.dataset != "Folder")]
+    indifferent = {*records.INDIFFERENT, *useless(args), *["data_dir", "image_size"] * (args.dataset != "Folder")}
     return {key: value for key, value in vars(args).items() if key not in indifferent} | {"out_dataset": out_name}
 
 
@@ -206,21 +207,15 @@ def fill_in(args) -> None:
     args.decay = first(args.decay, method.weight_decay, params.WEIGHT_DECAY)
 
 
-def unused_options(args) -> list[str]:
-    """The options that were given and that this method has no use for."""
+def useless(args) -> list[str]:
+    """The options that this method has no use for."""
     calibrated = args.train_type in params.CALIBRATED
     names = ["out_dataset", "out_dir"] * (not objectives.takes_out_images(args.train_type, args.fit_out))
     names += ["steps"] * (args.train_type != "ACET") + ["members"] * (args.train_type != "DE")
     names += ["PCA", "metric", "n", "lr_gmm", "grad_vars"] * (args.train_type != "CEDA_GMM")
     names += ["epochs", "amp", "lr", "decay", "arch"] * calibrated
     names += ["loglam"] * (calibrated or args.train_type in ("OE", "EDL", "GAN"))
-    return [f"--{name}" for name in given(args, names)]
-
-
-def given(args, names) -> dict:
-    """Those of these options that are not at their default, and their values."""
-    options = parser()
-    return {name: getattr(args, name) for name in names if getattr(args, name) != options.get_default(name)}
+    return names
 
 
 def load_mixtures(args, out_name):
@@ -228,7 +223,8 @@ def load_mixtures(args, out_name):
     name, n = cli.metric_name(args), first(args.n, params.CENTROIDS)
     path = args.gmm_path or model_paths.mixtures(args.dataset, name, n, out_name)
     gmm_in, gmm_out, meta = checkpoints.load_mixtures(path, (
-        f"fit the mixtures: python gen_gmm.py --dataset {args.dataset} --data_dir {shlex.quote(args.data_dir)} --PCA "
+        "leave --gmm_path out, and " * bool(args.gmm_path)
+        + f"fit the mixtures: python gen_gmm.py --dataset {args.dataset} --data_dir {shlex.quote(args.data_dir)} --PCA "
         f"{int(args.PCA)} --metric {args.metric} --n {n} --augm_flag {int(args.augm_flag)} "
         f"--out_dataset {out_name}" + (f" --out_dir {shlex.quote(args.out_dir)}" if args.out_dir else "")
         + f" --image_size {args.image_size}" * (args.dataset == "Folder")))
@@ -241,6 +237,10 @@ def load_mixtures(args, out_name):
                             "options, or change them here")
     if gmm_in.components != n or gmm_out.components != n:
         raise UserError(f"{path} is damaged: it does not hold {n} centroids; run gen_gmm.py again")
+    if (augm_flag := meta.get("augm_flag", args.augm_flag)) != args.augm_flag:
+        print(f"warning: {path} was fitted with --augm_flag {int(augm_flag)}, and this training has --augm_flag "
+              f"{int(args.augm_flag)}: metric and densities are not those of the images that it trains on",
+              file=sys.stderr)
     return gmm_in, gmm_out, meta
 
 

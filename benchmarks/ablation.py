@@ -41,7 +41,7 @@ SEEDS = 1000            # uniform noise around which radii are certified
 
 def main(args):
     name = args.name or args.dataset
-    stem = model_paths.RESULTS / f"ablation_{name}"
+    stem = model_paths.ablation(name)
     files.check_writable(stem, *tables.files_of(stem))
     test = load_in_dist(args.dataset, "test", args.data_dir, args.download, args.image_size)
     for _, images in args.ood:      # is it there?

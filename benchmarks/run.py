@@ -34,6 +34,7 @@ from baselines import NaiveCCU, brentq_radius, pil_epoch
 from fits import gmm_fits
 from measure import Operations, Report, in_child, interleaved, reset_peak, several, status
 
+import model_paths
 import params
 from models import CCU, GMM, PCAMetric, Softmax, build_classifier, certified_radius
 from utils import cli, files, records
@@ -336,7 +337,7 @@ SECTIONS = {function.__name__: function for function in (gmm_fits, steps, operat
 def main(args):
     device = cli.device(-1 if args.gpu is None else args.gpu)
     machine = describe(device)
-    path = args.output or records.ROOT / "results" / f"benchmark_{slug(machine)}.json"
+    path = args.output or records.ROOT / model_paths.benchmark(slug(machine))
     partial_path = Path(f"{path}.partial")
     files.check_writable(path, partial_path)
     report, record = Report(machine), records.of(args)

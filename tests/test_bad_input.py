@@ -180,6 +180,7 @@ TABLE = [
     (f"{TRAIN} plain --lr_gmm -1", ["--lr_gmm", "at least 0"]),
     (f"{TRAIN} plain --decay inf", ["--decay", "inf"]),
     (f"{TRAIN} plain --loglam 100", ["--loglam", "at most 50"]),
+    (f"{TRAIN} plain --loglam -6e1", ["--loglam", "at least -50"]),
     (f"{TRAIN} plain --batch_size 0", ["--batch_size", "at least 1"]),
     (f"{TRAIN} plain --seed -1", ["--seed", "at least 0"]),
     (f"{TRAIN} plain --seed 99999999999999999999", ["--seed", "out of range"]),
@@ -474,9 +475,11 @@ def test_refused_in_the_work(case, work, capsys, monkeypatch):
     refused(command, words, capsys, notes=True)
 
 
-def test_debug_shows_the_traceback(work):
-    with pytest.raises(UserError, match="no images"):
+def test_debug_shows_the_traceback(work, capsys):
+    with pytest.raises(SystemExit) as stopped:
         run_script(f"{EVAL} --ood a=nowhere --debug 1")
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and "Traceback" in error and "no images" in error.splitlines()[-1]
 
 
 def test_a_refusal_from_a_shell(tmp_path):

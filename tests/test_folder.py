@@ -147,6 +147,8 @@ def test_mixtures_of_another_folder_are_not_taken_for_ones_own(tmp_path, monkeyp
         assert ("is there" in capsys.readouterr().out) == there
         means.append(load_mixtures("checkpoints/Folder/gmm/euclidean_n2_Photos.pt", "")[0].mu)
     assert torch.equal(means[0], means[1]) and not torch.equal(means[1], means[2])
+    run_script(fit.format(tmp_path / "others"))             # another spelling
+    assert "is there" in capsys.readouterr().out
     assert "fitted with data_dir others, not images" in refusal(train, capsys)
 
 

@@ -1,7 +1,9 @@
 """Every option of training reaches what it names: the model, its objective, its optimiser, its batches."""
 
 import math
+import re
 import shlex
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -94,6 +96,29 @@ def test_the_tables_name_a_warm_start_and_where_base_came_from(work):
     assert warm == f"{cold}, from Base's weights, LeNet trained elsewhere"
 
 
+def test_training_names_all_that_it_wrote(work, capsys):
+    before = set(work.rglob("*"))
+    run_script("run_training.py --dataset Digits --train_type DE --members 2 --epochs 1")
+    named = [Path(name) for name in re.findall(r"(?:checkpoints|logs)/\S+", capsys.readouterr().out)]
+    written = {path.relative_to(work) for path in set(work.rglob("*")) - before if path.is_file()}
+    written -= {path for path in written if path.suffix == ".lock"}
+    assert len(named) == 4 and all(any(path.is_relative_to(name) for name in named) for path in written)
+    assert all(any(path.is_relative_to(name) for path in written) for name in named)
+
+
+def test_mixtures_fitted_otherwise_are_named(work, capsys):
+    """The work's mixtures are fitted on 600 augmented images."""
+    notes = {}
+    for augmented in (0, 1):
+        run_script("run_training.py --dataset Digits --train_type CEDA_GMM --use_gmm 1 --n 10 --epochs 1 --augm_flag "
+                   f"{augmented}")
+        assert ("fitted with --augm_flag 1, and this training has --augm_flag 0" in capsys.readouterr().err) == (
+            not augmented)
+        notes[augmented] = how_made(load_model("checkpoints/Digits/CCUs.pt").meta)
+    assert "mixtures with --data_used 600" in notes[1] and "mixtures augmented" not in notes[1]
+    assert "mixtures augmented, mixtures with --data_used 600" in notes[0]
+
+
 @pytest.mark.parametrize("method", ["plain", "CEDA", "ACET", "CEDA_GMM", "CEDA_GMM --fit_out 1"])
 def test_loglam_reaches_model_and_objective(method, trained):
     run, = trained(f"{method} --loglam 0.7")
@@ -177,7 +202,7 @@ def test_options_that_a_method_has_no_use_for_are_named(options, unused, trained
 def test_calibration_has_no_use_for_a_networks_options():
     args = run_training.parser().parse_args(shlex.split("--dataset Digits --train_type ODIN --arch LeNet --decay 0 "
                                                         "--epochs 7 --amp 1 --batch_size 8 --seed 3"))
-    assert set(run_training.unused_options(args)) == {"--decay", "--arch", "--epochs", "--amp"}
+    assert set(cli.given(args, run_training.parser(), run_training.useless(args))) == {"decay", "arch", "epochs", "amp"}
 
 
 def test_the_members_of_de_are_base_models_of_seeds_in_a_row(trained):

@@ -148,7 +148,9 @@ def test_a_finished_model_is_trained_again_for_other_options_alone(work, monkeyp
         run_script(command + changes)
         return path.stat().st_mtime_ns != before
     assert trained() and trained() and not trained("--resume 1") and f"{path} is there" in capsys.readouterr().out
-    assert not trained("--resume 1 --verbose 1 --label CCU --out_dataset Photos")      # what they are without
+    # what they are without
+    assert not trained("--resume 1 --verbose 1 --label CCU --out_dataset Photos")
+    assert not trained("--resume 1 --steps 3 --members 2 --image_size 64")
     for changes in ("--lr 1e-4", "--seed 1", "--grad_vars mu", "--loglam 1"):
         assert trained(f"--resume 1 {changes}") and not trained(f"--resume 1 {changes}"), changes
     assert trained("--resume 1")

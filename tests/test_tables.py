@@ -12,7 +12,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 import gen_attack_stats
 from models import CCU, CLASSIFIERS, EDL, MCD, Softmax, certified_radius, confidence_bound
-from utils import attack_batches, evaluation, files, load_model, save_model
+from utils import attack_batches, evaluation, files, load_model, save_model, tables
 from utils.backups import ATTACK
 from utils.data import load_in_dist, load_ood
 from utils.out_data import load_out
@@ -172,6 +172,7 @@ def test_certified_columns_follow_from_the_backup(attacked):
                 "R mean paper": paper.mean(), "R median paper": np.sort(paper)[5],      # torch's median: the lower
                 "R mean tight": tight.mean(), "R median tight": np.sort(tight)[5]}
     assert table["CCU"][list(expected)].to_dict() == pytest.approx(expected, abs=1e-3)
+    assert tables.notes("t")[0].endswith("(%; R in units of the metric)")
     assert by_paper.mean() > bound.mean() + 0.05 and 0 < expected["share"] < 100 and 0 < auc < 1
     assert table["Base"][list(expected)].isna().all()
 

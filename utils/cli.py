@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import sys
+import traceback
 import warnings
 from pathlib import Path
 
@@ -34,6 +35,8 @@ class Parser(argparse.ArgumentParser):
         summary, _, details = doc.strip().partition("\n\n")
         super().__init__(description=summary, epilog=details, allow_abbrev=False,
                          formatter_class=HelpFormatter)
+        # argparse takes -1e-1 for an option before Python 3.14
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
         self.shared = self.add_argument_group("common")
         self.shared.add_argument("--debug", type=flag, default=False, help="1 = show the traceback of an error (0)")
 
@@ -139,8 +142,9 @@ def name(text: str) -> str:
 
 
 def path(text: str) -> str:
-    """argparse type: a path, whether or not anything is there, without a slash at its end; from Python 3.14 on pathlib
-    takes one that cannot be looked at, too long or not permitted, for one where nothing is."""
+    """argparse type: a path, whether or not anything is there, without a slash at its end, and relative if it lies in
+    the current folder, so that --resume 1 takes both spellings for one; from Python 3.14 on pathlib takes one that
+    cannot be looked at, too long or not permitted, for one where nothing is."""
     if not text:        # a variable of the shell that is not set
         raise argparse.ArgumentTypeError("an empty path")
     try:
@@ -148,7 +152,8 @@ def path(text: str) -> str:
             os.stat(text)
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{text}: {error.strerror}") from None
-    return str(Path(text))
+    folder = Path(text)
+    return str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)
 
 
 def stem(text: str) -> str:
@@ -164,6 +169,17 @@ def assignment(text: str) -> tuple[str, str]:
     if not key or not folder:
         raise argparse.ArgumentTypeError(f"{text!r}: write NAME=FOLDER")
     return key, folder
+
+
+def given(args: argparse.Namespace, parser: Parser, names) -> dict:
+    """Those of these options that are not at their default, and their values."""
+    return {name: getattr(args, name) for name in names if getattr(args, name) != parser.get_default(name)}
+
+
+def spelled(options: dict) -> str:
+    """{"n": 10, "grad_vars": ["mu"]} -> --n 10 --grad_vars mu."""
+    return " ".join(f"--{name} {' '.join(value) if isinstance(value, list) else value}"
+                    for name, value in options.items())
 
 
 def _number(kind, low, high, open_low):
@@ -270,7 +286,9 @@ def run(main, parser: Parser, several: bool = False) -> None:
     except KeyboardInterrupt:
         parser.exit(130, f"\n{parser.prog}: interrupted\n")
     except Exception as error:
-        if (line := to_mend(error)) and not args.debug:
+        if line := to_mend(error):
+            if args.debug:
+                traceback.print_exc()
             parser.exit(2, f"{parser.prog}: {' '.join(line.splitlines())}\n")
         if not parallel.first_to_fail():        # this is what a broken connection looks like
             parser.exit(2)

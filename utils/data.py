@@ -207,8 +207,14 @@ def _colour(name: str, split: str, data_dir: Path, download: bool) -> ImageSet:
 
 
 def _download(name: str, data_dir: Path, cls: str, **kwargs) -> None:
-    with downloading(name, _HOW[name].format(dir=data_dir)):
-        getattr(datasets(), cls)(str(data_dir), download=True, **kwargs)
+    try:
+        with downloading(name, _HOW[name].format(dir=data_dir)):
+            getattr(datasets(), cls)(str(data_dir), download=True, **kwargs)
+    except MissingData:
+        for folder in (data_dir / cls / "raw", data_dir / cls, data_dir):       # torchvision's, still empty
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 @contextlib.contextmanager

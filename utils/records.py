@@ -63,6 +63,9 @@ def how_made(made: dict) -> str:
              made.get("seed") is not None and f"seed {made['seed']}",
              made.get("augm_flag") is False and "not augmented",
              made.get("changed"),
+             {mixtures.get("augm_flag"), made.get("augm_flag")} == {False, True}
+             and f"mixtures {'' if mixtures['augm_flag'] else 'not '}augmented",
+             mixtures.get("changed") and f"mixtures with {mixtures['changed']}",
              made.get("warmstart") and "from Base's weights",
              made.get("source")]
     return ", ".join(filter(None, parts)) or "of unknown origin"

@@ -33,8 +33,9 @@ def files_of(stem: str | Path) -> list[str]:
 
 
 def write(table: pd.DataFrame, stem: str | Path, title: str, notes: list[str]) -> list[Path]:
-    """stem.csv: the bare table.  stem.txt: LaTeX, title and notes as comments."""
+    """stem.csv: the bare table.  stem.txt: LaTeX, title, notes and the packages that it takes as comments."""
     comments = "".join(f"% {line}\n" for line in [title, *notes])
+    comments += "%\\usepackage{booktabs, multirow}\n"
     latex = table.map(percent).to_latex(escape=True).replace("–", "--")
     csv, txt = files_of(stem)
     return [files.write_text(csv, table.round(4).to_csv()), files.write_text(txt, comments + latex)]
