@@ -372,6 +372,31 @@ def test_leaves_a_plateau_on_the_way_to_images():
                        attack(slopes, metric, seeds, radii, 9, 2, generator=gen(0), images=images).samples)
 
 
+def test_a_plateau_is_left_only_for_a_higher_point_and_only_where_no_pixel_has_a_gradient():
+    """score = relu(x_0 - 0.5) + x_1: flat in x_0 alone, or, without its last term, in all pixels."""
+    region = Region(Coordinates(PCAMetric.euclidean(2)), torch.full((3, 1, 1, 2), 0.2), torch.ones(3).double())
+    others = torch.tensor([[0.6, 0.3], [-0.2, 0.6], [0.0, 0.0]])        # higher, as low, where it is
+    start, other = region.start(torch.zeros(3, 2)), region.start(others)
+    for flat, expected in ((True, [True, False, False]), (False, [False, False, False])):
+        def score(x, flat=flat):
+            x = x.flatten(1)
+            return (x[:, 0] - 0.5).relu() + (0 if flat else x[:, 1])
+        left = utils_attack.leave_plateau(score, region, start, other).delta
+        assert (left != start.delta).any(1).tolist() == expected
+
+
+def test_each_search_leaves_its_plateau_for_an_image_near_its_own_seed():
+    """Two seeds, an image beside each that alone raises the score; the ball reaches it and no other image."""
+    seeds = torch.tensor([[0.1] * 4, [0.6] * 4], dtype=torch.float64).view(2, 1, 1, 4)
+    near = seeds + torch.tensor([0.1, 0, 0, 0]), seeds + torch.tensor([0, 0.3, 0, 0])
+    images, goals = torch.cat(near).float(), near[0].flatten(1)
+    score = Function(lambda x: (0.05 - (x[:, None] - goals).norm(dim=2)).relu().sum(1))
+    found = attack(score, PCAMetric(torch.eye(4).double(), torch.ones(4).double()), seeds,
+                   torch.full((2,), 0.1, dtype=torch.float64), steps=2, restarts=2, generator=gen(0),
+                   images=images.double())
+    assert (found.attack_score > 0.01).all()
+
+
 def test_nearest_images_by_brute_force():
     metric, seeds, images = random_metric(8, 100, 0), seeds_of(5, 8), seeds_of(7, 8, 1)
     found = images.flatten(1)[nearest(metric, seeds, images.flatten(1), 9)]

@@ -349,6 +349,9 @@ def test_mcd_scores_by_the_variance_over_its_passes():
         assert torch.equal(model.score(x), model.score(x))      # the global generator plays no part
         assert model.score(x).amax() < 0
     assert set(net.dropout1.masks.unique().tolist()) == {0.0, 2.0}
+    masks = net.dropout1.masks.clone()
+    model.draw_masks(torch.Generator().manual_seed(1))          # those of `detector`
+    assert torch.equal(masks, net.dropout1.masks)
     model.train()
     assert model(x).shape == (5, M) and not torch.equal(model(x), model(x))
     with pytest.raises(ValueError, match="LeNet has no dropout"):

@@ -84,10 +84,29 @@ def test_metric_with_fewer_images_than_pixels_is_complete_and_floored():
     assert s[0] / s[-1] == pytest.approx(1e4, rel=1e-5)
 
 
-def test_whitened_training_data_have_unit_variance():
-    X = torch.randn(5000, 6) @ torch.randn(6, 6)
+@pytest.mark.parametrize("n", [20, 5000])
+def test_whitened_training_data_have_unit_variance(n):
+    X = torch.randn(n, 6) @ torch.randn(6, 6)
     z = PCAMetric.fit(X, whiten=True).transform(X)
     torch.testing.assert_close(z.T.cov(), torch.eye(6), atol=1e-3, rtol=0)
+
+
+def test_metric_of_more_images_than_are_taken_at_once():
+    """The first ones are brighter than the others, so that a block's mean is not that of all."""
+    X = torch.rand(9000, 5) @ torch.rand(5, 5)
+    X[:8192] += 1
+    centred = (X.double() - X.double().mean(0)).numpy()
+    _, s, V = np.linalg.svd(centred, full_matrices=False)
+    metric = PCAMetric.fit(X)
+    np.testing.assert_allclose(metric.singular_values, s, rtol=1e-5)
+    np.testing.assert_allclose((metric.comp_vecs.numpy() * V).sum(1).__abs__(), 1, atol=1e-4)
+
+
+def test_metrics_are_equal_if_both_parts_are():
+    metric = PCAMetric(torch.eye(3), torch.arange(1.0, 4).flip(0))
+    assert metric.equals(PCAMetric(torch.eye(3), torch.arange(1.0, 4).flip(0)))
+    assert not metric.equals(PCAMetric(torch.eye(3).flip(0), metric.singular_values))
+    assert not metric.equals(PCAMetric(torch.eye(3), 2 * metric.singular_values))
 
 
 def test_inverse_undoes_transform():

@@ -235,7 +235,7 @@ class Watched(Objective):
 
 def tiny_ccu():
     metric = PCAMetric.euclidean(64)
-    gmms = [GMM(torch.rand(2, 64), torch.full((2,), logvar), torch.full((2,), 0.5).log(), metric)
+    gmms = [GMM(torch.rand(2, 64), torch.tensor([logvar, logvar - 1]), torch.full((2,), 0.5).log(), metric)
             for logvar in (0.0, -3.0)]
     return CCU(CLASSIFIERS["LeNet"](1, 8, 3), *gmms, 0.0, 3)
 

@@ -88,6 +88,7 @@ def test_gen_attack_stats_writes_table_1_and_its_backup(work, capsys):
     ccu, radii = load_model("checkpoints/Digits/CCU.pt"), backup["radii"]
     metric = ccu.double().gmm_in.metric
     assert backup["classes"] == 10 and backup["seeds"].shape == (10, 1, 28, 28) and (radii > 0).all()
+    differ = False
     for label, attacked in backup["models"].items():
         x = attacked["samples"].double()
         distance = (metric.transform(x) - metric.transform(backup["seeds"].double())).norm(dim=1)
@@ -96,9 +97,11 @@ def test_gen_attack_stats_writes_table_1_and_its_backup(work, capsys):
         model = load_model(f"checkpoints/Digits/{label}.pt")
         for images, score in ((attacked["samples"], "score"), (backup["seeds"], "seed_score")):
             torch.testing.assert_close(model.score(images).detach(), attacked[score], atol=1e-5, rtol=0)
+        assert torch.equal(attacked["prediction"], model(attacked["samples"]).argmax(1))
+        differ |= not torch.equal(attacked["prediction"], model(backup["seeds"]).argmax(1))
         assert table.loc[("Digits", "SR"), label] == pytest.approx(
             100 * (attacked["score"].numpy() >= np.median(backup["scores_in"][label])).mean())
-    assert not [name for name in everything(work) if ".attack_" in name]
+    assert differ and not [name for name in everything(work) if ".attack_" in name]
     run_script(command.replace("t1", "again"))
     assert Path("results/again.csv").read_bytes() == Path("results/t1.csv").read_bytes()
     run_script(command.replace("t1", "loaded") + " --load_seeds results/backup/t1_Digits.pt")
