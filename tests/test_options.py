@@ -294,6 +294,23 @@ def test_out_batches_follow_in_batches_to_the_last(objective, ratio, tmp_path, m
     assert sizes == [(n, n, ratio * n) for n in (4, 4, 2)]
 
 
+def test_in_and_out_images_are_shuffled_apart_and_anew_each_epoch(tmp_path):
+    """An image's grey value is its number."""
+    orders = {"x": [], "z": []}
+
+    class Orders(CEDA):
+        def loss(self, model, x, y, z):
+            for which, images in (("x", x), ("z", z)):
+                orders[which] += (images[:, 0, 0, 0] * 255).round().int().tolist()
+            return super().loss(model, x, y, z)
+    numbered = torch.arange(40, dtype=torch.uint8)[:, None, None, None].expand(40, 1, 8, 8).contiguous()
+    training.train(Softmax(CLASSIFIERS["LeNet"](1, 8, 3)), Orders(), ImageSet("in", numbered, torch.arange(40) % 3, 3),
+                   ImageSet("out", numbered, None, 0), None, Settings("sgd", 0.01, 0.0, 0.0, (), 2, 10, 0),
+                   State(tmp_path / "state", {}, False), tmp_path / "logs", "test")
+    epochs = [orders[which][start:start + 40] for which in "xz" for start in (0, 40)]
+    assert all(sorted(epoch) == list(range(40)) for epoch in epochs) and len(set(map(tuple, epochs))) == 4
+
+
 def test_variances_are_constrained_before_the_first_step_and_after_each(tmp_path):
     """With a loss that only pulls them together."""
     ratios = []
