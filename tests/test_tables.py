@@ -183,3 +183,11 @@ def test_a_score_equal_to_the_median_is_a_success():
     assert math.isclose(evaluation.success_rate(scores_in, scores_in), 200 / 3)
     even = torch.tensor([-4.0, -2.0, -1.0, -3.0])       # median -2.5
     assert evaluation.success_rate(torch.tensor([-2.5, -2.6, -3.0, -1.0]), even) == 50
+
+
+def test_latex_takes_names_as_they_are_and_says_which_packages(tmp_path):
+    tables.write(pd.DataFrame({"my_model": [50.0, None]}, ["A & B", "C"]), tmp_path / "t", "100 % sure", ["a note"])
+    lines = (tmp_path / "t.txt").read_text(encoding="utf-8").splitlines()
+    assert lines[:3] == ["% 100 % sure", "% a note", r"%\usepackage{booktabs, multirow}"]
+    assert any(r"my\_model" in line for line in lines) and any(r"A \& B & 50.00" in line for line in lines)
+    assert tables.notes(tmp_path / "t") == ["100 % sure", "a note"]
