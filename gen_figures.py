@@ -51,21 +51,26 @@ def run(name: str, values: dict) -> str:
     lines = "\n".join(f"{variable} = {value!r}" for variable, value in values.items())
     notebook.cells.insert(first + 1, nbformat.v4.new_code_cell(lines))
     path = os.pathsep.join(filter(None, (str(NOTEBOOKS.parent.resolve()), os.environ.get("PYTHONPATH"))))
-    started = threading.Event()
+    started, ended = threading.Event(), threading.Event()
     client = NotebookClient(notebook, timeout=None, resources={"metadata": {"path": Path.cwd()}},
                             extra_arguments=["--log-level=ERROR"], on_notebook_start=lambda notebook: started.set())
-    with ThreadPoolExecutor(1) as pool:     # in the main thread nbclient would take Ctrl-C over, and only print errors
-        running = pool.submit(client.execute, env=os.environ | {"PYTHONPATH": path})
+
+    def execute():
         try:
-            running.result()
+            client.execute(env=os.environ | {"PYTHONPATH": path})
+        finally:
+            ended.set()
+    with ThreadPoolExecutor(1) as pool:     # in the main thread nbclient would take Ctrl-C over, and only print errors
+        try:
+            pool.submit(execute).result()   # Ctrl-C may come before submit returns, too
         except CellExecutionError as error:
             if error.ename in (UserError.__name__, *(kind.__name__ for kind in UserError.__subclasses__())):
                 raise UserError(error.evalue) from error
             raise
         except KeyboardInterrupt:
-            while not running.done() and not started.wait(0.1):     # a kernel that only starts cannot be ended cleanly
+            while not ended.is_set() and not started.wait(0.1):     # a kernel that only starts cannot be ended cleanly
                 pass
-            if not running.done():
+            if not ended.is_set():
                 client.km.provisioner.process.kill()
             raise
     return "".join(output.text for cell in notebook.cells for output in cell.get("outputs", ())
