@@ -207,22 +207,20 @@ def _colour(name: str, split: str, data_dir: Path, download: bool) -> ImageSet:
 
 
 def _download(name: str, data_dir: Path, cls: str, **kwargs) -> None:
-    try:
-        with downloading(name, _HOW[name].format(dir=data_dir)):
-            getattr(datasets(), cls)(str(data_dir), download=True, **kwargs)
-    except MissingData:
-        for folder in (data_dir / cls / "raw", data_dir / cls, data_dir):       # torchvision's, still empty
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        raise
+    with downloading(name, _HOW[name].format(dir=data_dir), data_dir / cls / "raw", data_dir / cls, data_dir):
+        getattr(datasets(), cls)(str(data_dir), download=True, **kwargs)
 
 
 @contextlib.contextmanager
-def downloading(name: str, how: str):
-    """What fails within becomes a MissingData, with the other ways of `how`."""
+def downloading(name: str, how: str, *folders: Path):
+    """What fails within becomes a MissingData, with the other ways of `how`; those of `folders`, the innermost first,
+    that it leaves empty are removed."""
     try:
         yield
     except (ImportError, OSError, HTTPException, RuntimeError, EOFError) as error:
+        for folder in folders:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
         reason = " ".join(str(error).split())[:200]
         how = how.removeprefix("give --download 1, or ")
         raise MissingData(f"{name} cannot be downloaded ({reason}): {how}") from None

@@ -120,7 +120,7 @@ def _gather(source: np.ndarray, index: np.ndarray, axes: tuple[int, ...], shape:
 
 def _download(path: Path) -> None:
     """300K Random Images from where pytorch-ood has them, with its checksum; whole or not at all."""
-    with downloading("RandomImages300k", _HOW["RandomImages300k"].format(dir=path.parent)):
+    with downloading("RandomImages300k", _HOW["RandomImages300k"].format(dir=path.parent), path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             download_url = datasets().utils.download_url        # pytorch-ood imports torchvision
