@@ -539,8 +539,10 @@ def test_random_images_300k_are_fetched_whole_or_not_at_all(tmp_path, monkeypatc
 
 
 def test_folder_of_photos(tmp_path):
+    for folder in range(3):
+        (tmp_path / f"{folder}").mkdir()
     for i in range(30):   # each photo has its own flat grey
-        Image.fromarray(np.full((40, 60), 8 * i, np.uint8)).save(tmp_path / f"{i}.png")
+        Image.fromarray(np.full((40, 60), 8 * i, np.uint8)).save(tmp_path / f"{i // 10}/{i}.png")
     like = random_set(4, 1, 28)
     parts = {split: load_out("Folder", like, tmp_path, tmp_path, split=split, n=100).images
              for split in ("train", "test")}
@@ -553,6 +555,10 @@ def test_folder_of_photos(tmp_path):
     assert len(few) == 10 == len(few[:, 0, 0, 0].unique())
     other_seed = load_out("Folder", like, tmp_path, tmp_path, split="test", n=9, seed=5).images
     assert other_seed.unique().tolist() == values["test"]
+    # no folder's photos, and no photo's crops, keep together
+    assert len({value // 80 for value in values["test"]}) > 1
+    greys = parts["train"][:, 0, 0, 0].int()
+    assert (greys[1:] == greys[:-1]).float().mean() < 0.3
 
 
 def test_photos_of_the_two_parts_do_not_overlap(tmp_path, monkeypatch):
@@ -561,6 +567,26 @@ def test_photos_of_the_two_parts_do_not_overlap(tmp_path, monkeypatch):
     train, test = (load_out("Photos", random_set(), tmp_path, split=split, n=300).images
                    for split in ("train", "test"))
     assert train.max() <= test.min()
+
+
+@pytest.mark.parametrize("name", ["MNIST", "RandomImages300k", "Photos", "Folder"])
+def test_the_seed_chooses_the_out_images(name, tmp_path):
+    write_mnist(tmp_path / "MNIST", n=60)
+    np.save(tmp_path / "300K_random_images.npy", RNG.integers(0, 256, (60, 32, 32, 3), dtype=np.uint8))
+    write_photos(tmp_path / "photos", 12, mode="L")
+    out_dir = tmp_path / "photos" if name == "Folder" else None
+    first, again, other = (load_out(name, random_set(), tmp_path, out_dir, n=20, seed=seed).images
+                           for seed in (3, 3, 4))
+    assert len(first) == 20 and torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_other_sets_give_their_own_test_images_in_random_order(tmp_path):
+    images = {split: write_mnist(tmp_path / "MNIST", n=60, prefixes=[prefix])[0]
+              for split, prefix in (("train", "train"), ("test", "t10k"))}
+    for split, own in images.items():
+        found = load_out("MNIST", random_set(), tmp_path, split=split).images[:, 0].numpy()
+        assert not np.array_equal(found, own)
+        assert sorted(i.tobytes() for i in found) == sorted(i.tobytes() for i in own)
 
 
 def test_photos_and_other_sets(tmp_path):

@@ -235,6 +235,7 @@ def test_the_gans_own_steps_minimise_their_losses_and_leave_the_classifier_alone
         return loss_d, -D(fake).sigmoid().log().mean() + params.GAN_BETA * kl
 
     model = Softmax(CLASSIFIERS["LeNet"](1, 8, M))
+    model.base_model.fc2.weight.data.mul_(30)       # surer: images differ
     x, y = torch.rand(6, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1, 1])
     torch.manual_seed(5)
     objective = objectives.GAN(1, 8, torch.device("cpu"))
@@ -243,7 +244,8 @@ def test_the_gans_own_steps_minimise_their_losses_and_leave_the_classifier_alone
     _, scalars = objective(model, x, y, None, torch.Generator().manual_seed(3))
     assert all(p.grad is None for p in model.parameters())
     # the twin makes the same two steps: on the discriminator's loss, then on the generator's against the new one
-    noise = twin.noise(6, torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    noise = twin.noise(6, generator)
     for i, name in enumerate(("discriminator", "generator")):
         loss = losses(twin, noise)[i]
         assert scalars[f"loss_{name}"].item() == pytest.approx(loss.item(), rel=1e-4)
@@ -252,6 +254,11 @@ def test_the_gans_own_steps_minimise_their_losses_and_leave_the_classifier_alone
         twin.optimizers[name].step()
         for a, b in zip(objective.networks[name].parameters(), twin.networks[name].parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5)
+    # and the classifier's on other images, of the noise drawn next
+    fakes = [objective.networks["generator"](n).detach() for n in (twin.noise(6, generator), noise)]
+    expected, of_equal_noise = (-model(fake).mean().item() - math.log(M) for fake in fakes)
+    assert scalars["loss_out"].item() == pytest.approx(expected, rel=1e-4)
+    assert abs(of_equal_noise - expected) > 1e-2 * expected
 
 
 # --- detectors ---------------------------------------------------------------------------------------------
@@ -408,12 +415,14 @@ def test_maha_is_minus_the_squared_distance_to_the_closest_mean():
 
 
 def test_the_pseudo_inverse_ignores_features_that_never_vary():
-    features = torch.cat((torch.randn(50, 3), torch.zeros(50, 2)), 1)
+    """Nor those that vary as little as float32 rounds, F eps of the largest variance: here of six 7e-7."""
+    features = torch.randn(50, 6).double() * torch.tensor([1, 1, 1, 2e-3, 4e-4, 0], dtype=torch.float64)
     labels = torch.arange(50) % M
     _, whitening = calibration.gaussian(features, labels, M)
-    centred = features.double() - torch.stack([features[labels == m].double().mean(0) for m in range(M)])[labels]
-    expected = np.linalg.pinv((centred.T @ centred / 50).numpy(), rcond=1e-6, hermitian=True)
-    np.testing.assert_allclose((whitening @ whitening.T).numpy(), expected, atol=1e-10)
+    centred = features - torch.stack([features[labels == m].mean(0) for m in range(M)])[labels]
+    expected = np.linalg.pinv((centred.T @ centred / 50).numpy(), rcond=6 * np.finfo(np.float32).eps, hermitian=True)
+    assert np.linalg.matrix_rank(expected, hermitian=True) == 4
+    np.testing.assert_allclose((whitening @ whitening.T).numpy(), expected, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("kind", ["ODIN", "Maha"])
@@ -423,13 +432,16 @@ def test_calibration_takes_the_best_auroc(kind, monkeypatch):
     monkeypatch.setattr(params, "ODIN_EPS", (0.0, 0.02))
     data = ImageSet("in", torch.randint(0, 256, (60, 1, 8, 8), dtype=torch.uint8), torch.arange(60) % M, M)
     out = ImageSet("out", torch.randint(60, 160, (40, 1, 8, 8), dtype=torch.uint8), None, 0)
-    base = detector("Softmax")
+    base = Softmax(CLASSIFIERS["LeNetDropout"](1, 8, M)).train()    # calibrated in evaluation mode all the same
     model, trials = calibration.calibrate(kind, base, data, out, seed=4, batch_size=16)
     assert len(trials) == {"ODIN": 4, "Maha": len(params.MAHA_EPS)}[kind]
     best = max(trials, key=lambda t: t["auroc"])
     assert model.eps.item() == pytest.approx(best["eps"])
     if kind == "ODIN":
         assert model.temperature.item() == best["temperature"]
+    else:
+        features = base.eval().base_model.features(data.images / 255).detach()
+        torch.testing.assert_close(model.means, torch.stack([features[data.labels == m].mean(0) for m in range(M)]))
     # the report is what the detector itself gives with these values
     generator = torch.Generator().manual_seed(4)
     chosen = [s.floats(torch.randperm(len(s), generator=generator)[:30]) for s in (data, out)]

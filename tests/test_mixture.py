@@ -9,10 +9,13 @@ import pytest
 import torch
 from conftest import run_script
 from scipy.stats import Covariance, multivariate_normal
+from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
 import gen_gmm
+import params
 from models import CCU, GMM, LeNet, PCAMetric
 from models.gmm import squared_distances
 from utils import checkpoints
@@ -141,6 +144,37 @@ def test_em_reaches_sklearn_from_the_same_start(reg_covar):
     assert fit.log_likelihoods[-1] == pytest.approx(reference.score(z.numpy()), abs=1e-3)
 
 
+def test_a_step_of_em_over_several_blocks_is_scikit_learns(monkeypatch):
+    monkeypatch.setattr("utils.fit.BLOCK", 700)      # the last is smaller
+    z = blobs(spread=1.0).double()
+    start = Fit(z[:5], torch.linspace(0.5, 2, 5).double(), torch.tensor([1, 1, 2, 2, 4]).double() / 10, [])
+    found = em(z, start, 1e-3, update_weights=True, max_iter=1)
+    reference = GaussianMixture(5, covariance_type="spherical", reg_covar=1e-3, max_iter=1, means_init=start.means,
+                                weights_init=start.weights.numpy(), precisions_init=1 / start.variances)
+    with pytest.warns(ConvergenceWarning):
+        reference.fit(z)
+    np.testing.assert_allclose(found.means, reference.means_, rtol=1e-8)
+    np.testing.assert_allclose(found.variances, reference.covariances_, rtol=1e-8)
+    np.testing.assert_allclose(found.weights, reference.weights_, rtol=1e-8)
+    assert found.log_likelihoods[1] == pytest.approx(reference.score(z), rel=1e-10)
+
+
+def test_the_start_is_scikit_learns_k_means_of_the_seed_and_its_clusters_spreads():
+    z = blobs(spread=1.0)       # blobs that overlap: another seed ends elsewhere
+    for seed in (0, 7):
+        kmeans = KMeans(8, n_init=1, max_iter=params.KMEANS_STEPS, tol=params.KMEANS_TOL, random_state=seed)
+        order = torch.randperm(len(z), generator=torch.Generator().manual_seed(seed))
+        centres = kmeans.fit(z[order].numpy()).cluster_centers_.astype(np.float64)
+        points = z.numpy().astype(np.float64)
+        nearest = ((points[:, None] - centres) ** 2).sum(2).argmin(1)
+        start = kmeans_start(z, 8, seed, 1e-3)
+        for k in range(8):
+            cluster = points[nearest == k]
+            np.testing.assert_allclose(start.means[k], cluster.mean(0), rtol=0, atol=1e-5)
+            assert start.variances[k].item() == pytest.approx(cluster.var(0).mean() + 1e-3, rel=1e-4)
+            assert start.weights[k].item() == pytest.approx(len(cluster) / len(z), rel=1e-5)
+
+
 @pytest.mark.parametrize("update_weights", [False, True])
 def test_em_never_loses_likelihood(update_weights):
     z = blobs(K=8, seed=1, spread=1.0).double()
@@ -166,6 +200,11 @@ def test_fit_gmm_has_uniform_weights_and_one_shared_variance():
     torch.testing.assert_close(gmm.alpha.exp(), torch.full((5,), 0.2))
     torch.testing.assert_close(gmm.logvar.exp(), fit.variances.mean().expand(5))
     assert not (fit.variances == fit.variances[0]).all()
+    # its last log-likelihood is that of the fitted components with equal weights
+    log_probs = [multivariate_normal(mean, var).logpdf(z - z.mean(0)) for mean, var in
+                 zip(fit.means.numpy(), fit.variances.tolist(), strict=True)]
+    expected = (np.logaddexp.reduce(log_probs) - math.log(5)).mean()
+    assert fit.log_likelihoods[-1] == pytest.approx(expected, abs=1e-5)
 
 
 def test_em_does_not_go_on_in_other_coordinates(tmp_path, monkeypatch):
@@ -219,6 +258,16 @@ def test_ccu_is_the_mixture_of_the_paper(two):
     expected = (log_softmax.exp() * p_in + lam / 10 * p_out) / (p_in + lam * p_out)
     memberships = model.log_memberships(log_p_in, log_p_out)
     torch.testing.assert_close(model.posterior(log_softmax, *memberships).exp(), expected, rtol=1e-6, atol=0)
+
+
+def test_memberships_keep_their_digits_in_float32():
+    """Where the densities are about equal their logarithms, of thousands, leave the odds; a quotient needs no more."""
+    model = tiny_ccu()
+    log_p_in = torch.linspace(-3010, -2990, 81)
+    found = torch.stack(model.log_memberships(log_p_in, torch.full((81,), -3000.0))).exp().double()
+    lam = math.exp(model.loglam.item())
+    odds = np.exp(log_p_in.double().numpy() + 3000)
+    np.testing.assert_allclose(found.detach(), [odds / (odds + lam), lam / (odds + lam)], rtol=2e-6)
 
 
 @pytest.mark.parametrize("two", [True, False])

@@ -16,6 +16,7 @@ from models import CCU, CLASSIFIERS, GMM, PCAMetric, Softmax
 from utils import cli, load_model, save_model
 from utils.batches import Augmentation, ImageSet
 from utils.data import load_in_dist
+from utils.errors import UserError
 from utils.objectives import CEDA, CEDA_GMM, OE, Objective
 from utils.out_data import load_out
 from utils.records import how_made
@@ -294,21 +295,39 @@ def test_out_batches_follow_in_batches_to_the_last(objective, ratio, tmp_path, m
     assert sizes == [(n, n, ratio * n) for n in (4, 4, 2)]
 
 
-def test_in_and_out_images_are_shuffled_apart_and_anew_each_epoch(tmp_path):
+def test_in_and_out_images_are_shuffled_apart_and_anew_each_epoch_as_the_seed_says(tmp_path):
     """An image's grey value is its number."""
-    orders = {"x": [], "z": []}
+    orders = {}
 
     class Orders(CEDA):
         def loss(self, model, x, y, z):
             for which, images in (("x", x), ("z", z)):
-                orders[which] += (images[:, 0, 0, 0] * 255).round().int().tolist()
+                orders[run][which] += (images[:, 0, 0, 0] * 255).round().int().tolist()
             return super().loss(model, x, y, z)
     numbered = torch.arange(40, dtype=torch.uint8)[:, None, None, None].expand(40, 1, 8, 8).contiguous()
-    training.train(Softmax(CLASSIFIERS["LeNet"](1, 8, 3)), Orders(), ImageSet("in", numbered, torch.arange(40) % 3, 3),
-                   ImageSet("out", numbered, None, 0), None, Settings("sgd", 0.01, 0.0, 0.0, (), 2, 10, 0),
-                   State(tmp_path / "state", {}, False), tmp_path / "logs", "test")
-    epochs = [orders[which][start:start + 40] for which in "xz" for start in (0, 40)]
-    assert all(sorted(epoch) == list(range(40)) for epoch in epochs) and len(set(map(tuple, epochs))) == 4
+    for run, seed in (("first", 0), ("again", 0), ("other", 1)):
+        orders[run] = {"x": [], "z": []}
+        training.train(Softmax(CLASSIFIERS["LeNet"](1, 8, 3)), Orders(),
+                       ImageSet("in", numbered, torch.arange(40) % 3, 3), ImageSet("out", numbered, None, 0), None,
+                       Settings("sgd", 0.01, 0.0, 0.0, (), 2, 10, seed), State(tmp_path / "state", {}, False),
+                       tmp_path / "logs", "test")
+    assert orders["first"] == orders["again"]
+    epochs = [orders[run][which][start:start + 40] for run in ("first", "other") for which in "xz" for start in (0, 40)]
+    assert all(sorted(epoch) == list(range(40)) for epoch in epochs) and len(set(map(tuple, epochs))) == 8
+
+
+def test_weights_that_the_last_step_spoils_are_not_saved(tmp_path):
+    """The losses were all finite: the last of them was taken before it."""
+    class Spoils(CEDA):
+        calls = 0
+
+        def constrain(self, model):
+            self.calls += 1
+            if self.calls == 3:         # before the first of two steps, after it, after the last
+                model.base_model.fc2.bias.data[0] = math.inf
+    with pytest.raises(UserError, match="not finite in epoch 1"):
+        run_loop(Softmax(CLASSIFIERS["LeNet"](1, 8, 3)), Spoils(), tmp_path)
+    assert not (tmp_path / "state").exists()
 
 
 def test_variances_are_constrained_before_the_first_step_and_after_each(tmp_path):
