@@ -235,7 +235,7 @@ def parser() -> cli.Parser:
                    f"the device: a matter of memory and speed ({params.ATTACK_POINTS})")
     p.add_argument("--out_seeds", type=cli.flag, default=False, help="1 = seeds are test draws of "
                    "--out_dataset instead of uniform noise (0)")
-    p.add_argument("--load_seeds", metavar="FILE", help="all seeds of an earlier run: a "
+    p.add_argument("--load_seeds", type=cli.path, metavar="FILE", help="all seeds of an earlier run: a "
                    "results/backup/table1_*.pt; --batches has no use then")
     p.add_argument("--seeds", choices=KNOWN_OOD, metavar="SET", help="seeds are images of this OOD test set "
                    "instead of uniform noise")

@@ -55,7 +55,7 @@ def short() -> str:
             runs = read_runs(name)
             figures = over_seeds(read_figures(name, runs), runs)
             shown = [label for label in labels if label in figures]
-            epochs = sorted({runs[label]["epochs"] for label in shown if "epochs" in runs[label]})
+            epochs = sorted(filter(None, {runs[label].get("epochs") for label in shown}))
             trained = f"{' and '.join(map(str, epochs))} epochs" if epochs else "epochs unknown"
             parts.append(f"{heading(title_of(name), runs)}, {trained} (`results/table[12]_{name}.csv`):\n\n"
                          + markdown(figures[shown].map(show)))

@@ -53,7 +53,7 @@ _GREY = dict(channels=1, size=28, classes=10, crop=2, pad_mode="constant", flip=
 _LENET = dict(arch="LeNet", arch_dropout="LeNetDropout", arch_gan="LeNet", optimizer="adam")
 _COLOUR = dict(channels=3, size=32)
 _RESNET = dict(arch="ResNet18", arch_dropout="VGG13", arch_gan="VGG13", optimizer="sgd")
-NETWORKS = {"LeNet": _LENET, "ResNet18": _RESNET}     # what --arch puts in a data set's place
+NETWORKS = {"LeNet": _LENET, "ResNet18": _RESNET}     # --arch: in place of the data set's own
 _CIFAR = dict(crop=4, pad_mode="reflect", flip=True, **_COLOUR, **_RESNET)
 
 DATASETS = {

@@ -33,7 +33,8 @@ from utils.registry import check_fit, load_models
 from utils.state import State
 from utils.training import Settings, train
 
-TOLD = ("arch", "batch_size", "lr", "lr_gmm", "decay", "loglam", "grad_vars")     # where a model departs from defaults
+TOLD = ("arch", "batch_size", "lr", "lr_gmm", "decay", "loglam", "grad_vars")     # a table's notes tell
+
 
 def main(args):
     device = cli.device(args.gpu)
@@ -41,9 +42,12 @@ def main(args):
     if args.amp and not cli.has_bf16(device):
         print("warning: this machine only imitates bf16 arithmetic: training with --amp 1 is slower than without",
               file=sys.stderr)
-    if unused := [f"--{name}" for name in cli.given(args, parser(), useless(args))]:
+    if unused := cli.given(args, parser(), useless(args)):
         without = " without --fit_out 1" * (args.train_type == "ACET" and not args.fit_out)
-        print(f"warning: --train_type {args.train_type}{without} has no use for {', '.join(unused)}", file=sys.stderr)
+        print(f"warning: --train_type {args.train_type}{without} has no use for --{', --'.join(unused)}",
+              file=sys.stderr)
+        for name in unused:     # nor do the record and a table's notes say that it was trained with them
+            setattr(args, name, parser().get_default(name))
     label = args.label or model_paths.label(args.train_type, args.fit_out)
     path = model_paths.model(args.dataset, label)
     calibrated = args.train_type in params.CALIBRATED
@@ -292,7 +296,8 @@ def parser() -> cli.Parser:
                    "as many as the file of --gmm_path has)")
     p.add_argument("--grad_vars", nargs="*", choices=("mu", "var"), default=["mu", "var"],
                    help="what of the mixtures is trained (mu var)")
-    p.add_argument("--gmm_path", help="file of gen_gmm.py (found by data set, metric, n and out-distribution)")
+    p.add_argument("--gmm_path", type=cli.path, help="file of gen_gmm.py (found by data set, metric, n and "
+                   "out-distribution)")
     p.add_argument("--warmstart", type=cli.flag, default=False, help="1 = start from the Base model's weights (0)")
     p.add_argument("--steps", type=cli.integer(1), default=params.ACET_STEPS,
                    help=f"gradient steps of ACET's attack ({params.ACET_STEPS})")

@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from run import climb
+from measure import climb
 
 from models import CCU, PCAMetric, certified_radius
 from utils import cli

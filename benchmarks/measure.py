@@ -1,4 +1,4 @@
-"""How run.py measures: seconds in turn, operations, peak memory, in processes of their own; and its report."""
+"""How the benchmarks measure: seconds in turn, operations, peak memory, in processes of their own; and their report."""
 
 import ctypes
 import json
@@ -12,6 +12,9 @@ import pandas as pd
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import params
+from utils.attack import ascend
+from utils.region import Region
 from utils.tables import benchmark_cells
 
 
@@ -97,3 +100,10 @@ def in_child(function, *args):
 def set_up(threads: int) -> None:
     torch.set_flush_denormal(True)
     torch.set_num_threads(threads)
+
+
+@torch.no_grad()
+def climb(objective, region: Region, steps: int) -> None:
+    """One search of an attack from each seed."""
+    start, first = region.start(torch.zeros_like(region.seeds)), params.ATTACK_ALPHA / 10 * region.search_radius
+    ascend(objective, region, start, steps, first)

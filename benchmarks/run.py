@@ -32,13 +32,13 @@ import numpy as np
 import torch
 from baselines import NaiveCCU, brentq_radius, pil_epoch
 from fits import gmm_fits
-from measure import Operations, Report, in_child, interleaved, reset_peak, several, status
+from measure import Operations, Report, climb, in_child, interleaved, reset_peak, several, status
 
 import model_paths
 import params
 from models import CCU, GMM, PCAMetric, Softmax, build_classifier, certified_radius
 from utils import cli, files, records
-from utils.attack import ascend, attack, score_and_gradient
+from utils.attack import attack, score_and_gradient
 from utils.batches import Augmentation, ImageSet, batches
 from utils.evaluation import evaluate
 from utils.graphs import WARM_UP, recorded
@@ -211,13 +211,6 @@ def loader(report: Report, device: torch.device, quick: bool) -> None:
     report.add("loader", rate, "images/s", baseline, rate / baseline, least=30, workers=workers)
 
 
-@torch.no_grad()
-def climb(objective, region: Region, steps: int) -> None:
-    """One search of an attack from each seed."""
-    start, first = region.start(torch.zeros_like(region.seeds)), params.ATTACK_ALPHA / 10 * region.search_radius
-    ascend(objective, region, start, steps, first)
-
-
 def attacks(report: Report, device: torch.device, quick: bool) -> None:
     """A step of the attack against a forward and a backward pass, and the default Table-1 job."""
     for arch in ("LeNet",) if quick and device.type == "cpu" else NETWORKS:
@@ -243,9 +236,9 @@ def attacks(report: Report, device: torch.device, quick: bool) -> None:
                 seeds = params.ATTACK_BATCHES * params.ATTACK_BATCH_SIZE
                 restarts, many = params.ATTACK_RESTARTS, params.ATTACK_STEPS
                 if device.type == "cuda" and not quick:
-                    z, radii = x[:100], region.radii[:100]          # one of two batches
+                    z, radii = x[:params.ATTACK_BATCH_SIZE], region.radii[:params.ATTACK_BATCH_SIZE]    # one batch
                     batch = partial(attack, model, coordinates, z, radii, many, restarts)
-                    job = 2 * interleaved({"batch": batch}, 1, device)["batch"]
+                    job = params.ATTACK_BATCHES * interleaved({"batch": batch}, 1, device)["batch"]
                 else:
                     job = step * many * seeds * restarts / n
                 report.add(f"Table 1, {arch}, {label}: {seeds} seeds x {restarts} restarts x {many} steps", job / 3600,
@@ -371,7 +364,7 @@ def parser() -> cli.Parser:
     p.add_argument("--quick", type=cli.flag, default=False, help="1 = few repeats and small sizes; writes only where "
                    "--output says (0)")
     p.add_argument("--only", nargs="+", choices=tuple(SECTIONS), help="some sections; writes only where --output says")
-    p.add_argument("--output", help="where to write (results/benchmark_<machine>.json)", metavar="FILE")
+    p.add_argument("--output", type=cli.path, help="where to write (results/benchmark_<machine>.json)", metavar="FILE")
     return p
 
 

@@ -194,6 +194,8 @@ TABLE = [
     (f"{TRAIN} plain Digits", ["Digits belongs to no option"]),
     (f"{TRAIN} CEDA --data_dir {'d' * 300}", ["ddd", "too long"]),
     (f"{TRAIN} CEDA --out_dataset Folder --out_dir=", ["--out_dir", "empty path"]),
+    (f"{TRAIN} CEDA_GMM --gmm_path=", ["--gmm_path", "empty path"]),
+    (f"{ATTACK} --load_seeds=", ["--load_seeds", "empty path"]),
     (f"{EVAL} --output=", ["--output", "names no file"]),
     (f"{EVAL} --output new/", ["--output", "'new/' names no file"]),
     (f"{LOAD} {'f' * 300}", ["fff", "too long"]),

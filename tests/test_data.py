@@ -330,6 +330,7 @@ def test_folder_dataset(tmp_path, capsys):
     write_classes(tmp_path, "test", ["dog", "emu"], size=(20, 60))
     (tmp_path / "train/dog/001.png").write_bytes(b"no image")
     (tmp_path / "train/dog/notes.txt").write_text("ignored")
+    (tmp_path / "test/cat").mkdir()         # as good as none
     train, test = (load_in_dist("Folder", split, tmp_path, image_size=16) for split in ("train", "test"))
     assert train.labels.tolist() == [0, 0, 0, 1, 1, 2, 2, 2] and train.classes == test.classes == 3
     assert test.labels.tolist() == [1, 1, 1, 2, 2, 2] and test.images.shape == (6, 3, 16, 16)

@@ -531,6 +531,13 @@ def test_a_file_of_mixtures_says_itself_how_many_centroids_it_has(tiny):
     assert checkpoint("CCU").gmm_in.components == record["options"]["n"] == 2
 
 
+def test_options_without_use_are_not_on_record(tiny):
+    train("--train_type plain --loglam 1 --lr_gmm 0.1 --n 7 --steps 3")
+    options = json.loads(model_paths.run_record(model_paths.model("Digits", "Base")).read_text())["options"]
+    assert (options["loglam"], options["lr_gmm"], options["steps"]) == (1, params.LR_GMM, params.ACET_STEPS)
+    assert checkpoint("Base").meta["changed"] == "--batch_size 16 --loglam 1.0"
+
+
 @pytest.mark.parametrize("label", list(model_paths.LABELS))
 def test_every_label_is_one_command(label, tiny):
     options = model_paths.LABELS[label] + {"DE": " --members 2"}.get(label, "") + " --n 2 --steps 2"

@@ -177,6 +177,27 @@ def test_a_score_of_a_network_that_is_there_needs_a_class_and_a_file(work, monke
     assert pd.read_csv("t2.csv", header=[0, 1], index_col=0)["Energy", "AUC"]["Uniform"] == auc()
 
 
+class Dark(Softmax):
+    """Not a number for images that are half white on average, as uniform noise is."""
+
+    score_is_confidence = False
+
+    def score(self, x):
+        return (0.45 - x.mean((1, 2, 3))).log()
+
+
+def test_a_score_that_is_no_number_on_noise_is_found_after_a_batch(work, monkeypatch, capsys, attacks):
+    add(monkeypatch, Dark, Dark)
+    base = load_model("checkpoints/Digits/Base.pt")
+    save_model(Dark(base.base_model), "checkpoints/Digits/Energy.pt", base.meta)
+    with pytest.raises(SystemExit) as stopped:
+        run_script(f"{ATTACK} --batches 2")
+    assert stopped.value.code == 2
+    assert "Energy, batch 1: the score is NaN or infinite at all points that the attack tried around 4 of 4 seeds" in (
+        capsys.readouterr().err)
+    assert [call.kind for call in attacks] == ["Softmax", "Softmax", "Dark"] and not Path("t1.csv").exists()
+
+
 @pytest.mark.parametrize("cls, command, reason", [
     (Confident, "gen_eval.py --dataset Digits --models Base Energy --output t2", "score_is_confidence = False"),
     (Flat, ATTACK, "the score of Energy has no gradient")])

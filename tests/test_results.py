@@ -153,9 +153,13 @@ def test_further_tables_of_a_data_set_are_a_section_of_their_own(folder, monkeyp
     assert "99.25" in text[first:second] and "11.11" not in text[first:second]
     assert "11.11 / 98.69 (-87.58)" in text[second:] and "`results/table2_MNIST-long_runs.json`" in text[second:]
     assert "Attack: seeds: noise." in text[second:] and text.count("### ") == 2
-    monkeypatch.setattr(gen_results, "SHORT", {"MNIST-long": ("CEDA",), "MNIST": ("MCD",), "FMNIST": ("Base",)})
+    path = Path("results/table2_MNIST-long_runs.json")
+    runs = json.loads(path.read_text())
+    runs["Base"]["epochs"] = None       # imported
+    path.write_text(json.dumps(runs))
+    monkeypatch.setattr(gen_results, "SHORT", {"MNIST-long": ("Base", "CEDA"), "MNIST": ("MCD",), "FMNIST": ("Base",)})
     heads = [re.sub(" +", " ", part.splitlines()[0]) for part in gen_results.short().split("\n\n")]
-    assert heads == ["MNIST, LeNet, 7 epochs (`results/table[12]_MNIST-long.csv`):", "| | CEDA |",
+    assert heads == ["MNIST, LeNet, 7 epochs (`results/table[12]_MNIST-long.csv`):", "| | Base | CEDA |",
                      "MNIST, LeNet, epochs unknown (`results/table[12]_MNIST.csv`):", "| | MCD |"]
 
 

@@ -13,6 +13,7 @@ import model_paths
 import params
 from utils import evaluation, files, parallel
 from utils.attack import attack
+from utils.errors import UserError
 from utils.state import FORMAT, State
 
 
@@ -42,6 +43,9 @@ def attack_batch(label, model, coordinates, images, b, x, r, path, args, device)
     with torch.no_grad(), evaluation.full_precision():
         unit = {"samples": found.samples.cpu(), "score": of(model.score, found.samples),
                 "prediction": of(model, found.samples).argmax(1), "seed_score": of(model.score, x.to(device))}
+    if bad := int((~unit["score"].isfinite()).sum()):
+        raise UserError(f"{label}, batch {b + 1}: the score is NaN or infinite at all points that the attack tried "
+                        f"around {bad} of {len(x)} seeds; leave {label} out of --models")
     files.save(unit, path)
     state.remove()
     print(f"{label}, batch {b + 1}: mean score {unit['seed_score'].mean():.4f} -> {unit['score'].mean():.4f}",

@@ -25,9 +25,6 @@ def save_model(model: models.Detector, path: str | Path, meta: dict | None = Non
     ValueError where one of META is of another type, or a value is not plain.  UserError where the model is not float32,
     or would not load again.
     """
-    if model.spec["base_model"] is None:
-        raise UserError(f"can't write {path}: the classifier has no spec to rebuild it from; use one of "
-                        "models/classifiers.py")
     meta = check_meta(model.meta if meta is None else meta)
     if not _is_plain(meta):
         raise ValueError("meta must hold None, bool, int, float, str, and lists, tuples and dicts of these alone")
@@ -68,7 +65,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> models.D
 def _rebuild(spec: dict, state: dict) -> models.Detector:
     """The model of this spec and state dict, in evaluation mode; raises what it likes where they do not fit."""
     if (classifier := spec["base_model"]) is None:
-        raise ValueError("the classifier has no spec to rebuild it from")
+        raise ValueError("the classifier has no spec to rebuild it from; use one of models/classifiers.py")
     if spec.get("members", 0) > len(state):
         raise ValueError(f"{spec['members']} members, but {len(state)} tensors")
     if spec.get("classes", classifier["classes"]) != classifier["classes"]:

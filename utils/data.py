@@ -27,12 +27,12 @@ from utils.torchvision_guard import datasets
 PLAIN = ("MNIST", "FMNIST", "EMNIST", "SVHN", "CIFAR10", "CIFAR100", "Digits")   # with train and test split
 KNOWN_OOD = tuple(dict.fromkeys([*(name for d in params.DATASETS.values() for name in d.ood), *PLAIN]))
 
-# IDX data sets: classes, folders that are searched, file prefixes of train and test, torchvision's class
+# IDX data sets: folders that are searched, file prefixes of train and test, torchvision's class
 _IDX = {
-    "MNIST": (10, ("MNIST/raw", "MNIST", "package/data"), ("train", "t10k"), "MNIST"),
-    "FMNIST": (10, ("FashionMNIST/raw", "FashionMNIST", "FMNIST", "/usr/share/datasets/fashion-mnist"),
+    "MNIST": (("MNIST/raw", "MNIST", "package/data"), ("train", "t10k"), "MNIST"),
+    "FMNIST": (("FashionMNIST/raw", "FashionMNIST", "FMNIST", "/usr/share/datasets/fashion-mnist"),
                ("train", "t10k"), "FashionMNIST"),
-    "EMNIST": (26, ("EMNIST/raw", "EMNIST"), ("emnist-letters-train", "emnist-letters-test"), "EMNIST"),
+    "EMNIST": (("EMNIST/raw", "EMNIST"), ("emnist-letters-train", "emnist-letters-test"), "EMNIST"),
 }
 LARGEST_IDX = 2 ** 28      # bytes; EMNIST's letters have 98 MB
 _COLOUR = {"SVHN": "{split}_32x32.mat", "CIFAR10": "cifar-10-batches-py", "CIFAR100": "cifar-100-python"}
@@ -134,7 +134,7 @@ def _digits(split: str) -> ImageSet:
 
 
 def _idx(name: str, split: str, data_dir: Path, download: bool) -> ImageSet:
-    classes, folders, prefixes, cls = _IDX[name]
+    folders, prefixes, cls = _IDX[name]
     prefix = prefixes[split == "test"]
 
     def find(part: str) -> Path | None:
@@ -153,9 +153,9 @@ def _idx(name: str, split: str, data_dir: Path, download: bool) -> ImageSet:
     if not (path := find("labels-idx1")):
         raise missing(name, data_dir)
     labels = torch.from_numpy(read_idx(path, 1)).long()
-    if len(labels) != len(images) or labels.max() >= classes:
+    if len(labels) != len(images) or labels.max() > 9:
         raise UserError(f"{path} does not fit {name}'s {len(images)} images: fetch both again")
-    return ImageSet(name, images, labels, classes)
+    return ImageSet(name, images, labels, 10)
 
 
 def read_idx(path: Path, dims: int) -> np.ndarray:
@@ -213,8 +213,8 @@ def _download(name: str, data_dir: Path, cls: str, **kwargs) -> None:
 
 @contextlib.contextmanager
 def downloading(name: str, how: str, *folders: Path):
-    """What fails within becomes a MissingData, with the other ways of `how`; those of `folders`, the innermost first,
-    that it leaves empty are removed."""
+    """A failure within becomes a MissingData that names the other ways, `how`, and those of `folders` (the innermost
+    first) that it left empty are removed."""
     try:
         yield
     except (ImportError, OSError, HTTPException, RuntimeError, EOFError) as error:
@@ -239,10 +239,12 @@ def _folder(split: str, root: Path, size: int) -> ImageSet:
         raise UserError(f"{root}/test has classes that {root}/train has not: {', '.join(alien[:5])}; remove them, give "
                         "training images of them, or take them for an OOD set, gen_eval.py --ood NAME=FOLDER")
     channels = 1 if all(map(is_grey, list_images(root / "train"))) else 3
-    files = [(path, label) for label, c in enumerate(classes) if (root / split / c).is_dir()
-             for path in list_images(root / split / c)]
+    files = []
+    for label, c in enumerate(classes):
+        with contextlib.suppress(MissingData):      # a class without images is named below
+            files += [(path, label) for path in list_images(root / split / c)]
     if not files:
-        raise UserError(f"{root / split} has no class folders: put its images into {root / split}/<class>/")
+        raise UserError(f"{root / split} has no class folders with images: put them into {root / split}/<class>/")
     images, kept = read_images([path for path, _ in files], channels, size, what=str(root / split))
     labels = torch.tensor([label for _, label in files])[kept]
     if empty := sorted(set(range(len(classes))) - set(labels.tolist())):

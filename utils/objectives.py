@@ -58,8 +58,8 @@ class Objective:
         lam = math.exp(loglam)
         self.p_in, self.p_out = 1 / (1 + lam), lam / (1 + lam)
 
-    def __call__(self, model: Detector, x: Tensor, y: Tensor, z: Tensor | None, generator: torch.Generator
-                 ) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, model: Detector, x: Tensor, y: Tensor, z: Tensor | None,
+                 generator: torch.Generator | None) -> tuple[Tensor, dict[str, Tensor]]:
         draws = self.draw(x, z, generator)
         self.weight, (x, y, z, *draws) = parallel.shard(len(x), x, y, z, *draws)
         loss, scalars = self.loss(model, x, y, z, *draws)

@@ -169,8 +169,8 @@ def train(model: Detector, objective: Objective, data: ImageSet, out: ImageSet |
     return history
 
 
-def _name(device: torch.device) -> str:
-    """What draws the same random numbers from a seed: the CPU, or one kind of GPU."""
+def _kind(device: torch.device) -> str:
+    """The CPU or a model of GPU: devices of one kind draw the same random numbers from a seed."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
@@ -183,22 +183,22 @@ def _save(state, model, objective, optimizer, generators, at_start, **position):
     """at_start: the states of those generators whose draws a resumed epoch repeats."""
     device = generators["in"].device
     state.save(model=model.state_dict(), objective=objective.state_dict(), optimizer=optimizer.state_dict(),
-               device=_name(device),
+               device=_kind(device),
                generators={name: g.get_state() for name, g in generators.items()} | at_start,
                # dropout draws from the device's own generator
                global_rng=torch.get_rng_state(),
                cuda_rng=torch.cuda.get_rng_state(device) if device.type == "cuda" else None, **position)
 
 
-def _restore(state, path, model, objective, optimizer, generators) -> None:
-    if state["device"] != (here := _name(generators["in"].device)):
-        raise UserError(f"{path} was made on {state['device']}, this is {here}, which draws other random numbers: use "
+def _restore(saved, path, model, objective, optimizer, generators) -> None:
+    if saved["device"] != (here := _kind(generators["in"].device)):
+        raise UserError(f"{path} was made on {saved['device']}, this is {here}, which draws other random numbers: use "
                         "the same --gpu, or start without --resume")
-    model.load_state_dict(state["model"])
-    objective.load_state_dict(state["objective"])
-    optimizer.load_state_dict(state["optimizer"])
+    model.load_state_dict(saved["model"])
+    objective.load_state_dict(saved["objective"])
+    optimizer.load_state_dict(saved["optimizer"])
     for name, generator in generators.items():
-        generator.set_state(state["generators"][name])
-    torch.set_rng_state(state["global_rng"])
-    if state["cuda_rng"] is not None:
-        torch.cuda.set_rng_state(state["cuda_rng"], generators["in"].device)
+        generator.set_state(saved["generators"][name])
+    torch.set_rng_state(saved["global_rng"])
+    if saved["cuda_rng"] is not None:
+        torch.cuda.set_rng_state(saved["cuda_rng"], generators["in"].device)
