@@ -118,7 +118,7 @@ def describe_balls(args, radii) -> str:
     if args.radius is not None:
         return f"{seeds}; all radii {args.radius:g}"
     return (f"{seeds}; radii of {BALLS[args.fit_out]} by the {args.certificate} certificate at ratio {params.RATIO}: "
-            f"median {radii.median():.4g}, {int((radii == 0).sum())} of {len(radii)} are 0")
+            f"median {evaluation.median(radii):.4g}, {int((radii == 0).sum())} of {len(radii)} are 0")
 
 
 def prepare(dataset: str, args, device):
@@ -196,7 +196,8 @@ def certify(model, seeds, radii, scores_in) -> dict:
         return dict.fromkeys([*names, "bound", "share", "GAUC"])
     certified = [certified_radius(model, seeds, params.RATIO, method=method) for method in METHODS]
     bound = confidence_bound(model, seeds, radii.to(seeds.device))
-    return {**dict(zip(names, (f(r).item() for r in certified for f in (torch.mean, torch.median)), strict=True)),
+    averages = (average for r in certified for average in (r.mean().item(), evaluation.median(r)))
+    return {**dict(zip(names, averages, strict=True)),
             "bound": 100 * bound.mean().item(),
             "share": 100 * (bound <= params.RATIO / model.classes).double().mean().item(),
             "GAUC": evaluation.auroc(scores_in.double(), bound.log())}
@@ -232,7 +233,7 @@ def parser() -> cli.Parser:
     p.add_argument("--batch_size", type=cli.integer(1), default=params.ATTACK_BATCH_SIZE,
                    help=f"seeds in a batch; memory depends on --points ({params.ATTACK_BATCH_SIZE})")
     p.add_argument("--points", type=cli.integer(1), default=params.ATTACK_POINTS, help="points attacked at once, on "
-                   f"the device: a matter of memory and speed ({params.ATTACK_POINTS})")
+                   f"the device: a matter of memory, speed and rounding ({params.ATTACK_POINTS})")
     p.add_argument("--out_seeds", type=cli.flag, default=False, help="1 = seeds are test draws of "
                    "--out_dataset instead of uniform noise (0)")
     p.add_argument("--load_seeds", type=cli.path, metavar="FILE", help="all seeds of an earlier run: a "

@@ -178,8 +178,8 @@ def certificates(models, sets, scores) -> pd.DataFrame:
         columns[label, "uncertain"] = [100 * (scores[label, name] <= limit).double().mean().item() for name in names]
         columns[label, "certified"] = [100 * (R[name]["tight"] > 0).double().mean().item() for name in names]
         for method in METHODS:
-            columns[label, f"R {method}"] = [R[name][method][R[name][method] > 0].median().item() for name in names]
-    return pd.DataFrame(columns, names)         # no median of no radii: NaN
+            columns[label, f"R {method}"] = [evaluation.median(R[name][method][R[name][method] > 0]) for name in names]
+    return pd.DataFrame(columns, names)
 
 
 def parser() -> cli.Parser:

@@ -64,11 +64,13 @@ def main(args):
     X, X_out = (one_pass(images.to(device), augmentation, args.seed) for images in (data, out))
     metric = make_metric(name, X)
     z, z_out = metric.transform(X), metric.transform(X_out)
+    half_log_det = metric.log_det.item() / 2        # EM's log-likelihoods are those of z; what is told is those of x
     for path, options in jobs.items():
         start, n = time.monotonic(), options["n"]
         states = [State(state, options, args.resume) for state in model_paths.em_states(path)]
         (gmm_in, fit_in), (gmm_out, fit_out) = (
-            fit_gmm(images, metric, n, args.reg_covar, args.seed, progress(which, n, args.verbose), state)
+            fit_gmm(images, metric, n, args.reg_covar, args.seed, progress(which, n, half_log_det, args.verbose),
+                    state)
             for which, images, state in zip(("in", "out"), (z, z_out), states, strict=True))
         if not all(value.isfinite().all() for gmm in (gmm_in, gmm_out) for value in gmm.state_dict().values()):
             for state in states:
@@ -77,7 +79,7 @@ def main(args):
                             "--reg_covar")
         meta = {**options, "changed": cli.spelled(cli.given(args, parser(), TOLD)),
                 "variances": [gmm_in.logvar[0].exp().item(), gmm_out.logvar[0].exp().item()],
-                "log_likelihoods": [fit_in.log_likelihoods[-1], fit_out.log_likelihoods[-1]],
+                "log_likelihoods": [fit.log_likelihoods[-1] - half_log_det for fit in (fit_in, fit_out)],
                 "seconds": time.monotonic() - start}
         checkpoints.save_mixtures(gmm_in, gmm_out, path, meta)
         for state in states:
@@ -125,15 +127,15 @@ def make_metric(name: str, X: torch.Tensor) -> PCAMetric:
     return metric
 
 
-def progress(which: str, n: int, verbose: bool):
+def progress(which: str, n: int, half_log_det: float, verbose: bool):
     """A line or a bar that follows EM."""
     bar = tqdm(desc=f"EM {which}, n = {n}", unit="step", leave=False, disable=True if verbose else None)
 
     def follow(iteration: int, log_likelihood: float):
         bar.update()
-        bar.set_postfix(log_likelihood=f"{log_likelihood:.2f}")
+        bar.set_postfix(log_likelihood=f"{log_likelihood - half_log_det:.2f}")
         if verbose:
-            print(f"EM {which}, n = {n}, step {iteration}: log-likelihood {log_likelihood:.4f}")
+            print(f"EM {which}, n = {n}, step {iteration}: log-likelihood {log_likelihood - half_log_det:.4f}")
     return follow
 
 

@@ -23,7 +23,7 @@ import torch
 import model_paths
 import params
 from models import CCU, certified_radius
-from utils import checkpoints, cli, files, records, tables
+from utils import checkpoints, cli, evaluation, files, records, tables
 from utils.data import load_in_dist
 from utils.images import list_images
 from utils.records import ROOT
@@ -108,7 +108,7 @@ def radii(model, noise, test) -> dict:
     radius = certified_radius(model, noise, params.RATIO)
     z, z_test = (model.gmm_in.metric.transform(x) for x in (noise, test))
     distance = torch.cdist(z.double(), z_test.double()).amin(1)
-    return {"R": radius.median().item(), "R / distance": 100 * (radius / distance).median().item(),
+    return {"R": evaluation.median(radius), "R / distance": 100 * evaluation.median(radius / distance),
             "R > 0": 100 * (radius > 0).double().mean().item()}
 
 

@@ -290,7 +290,7 @@ def confidence_bound(ccu: CCU, x: Tensor, radius: float | Tensor, method: str = 
 
     x [B, ...] in pixel space; radius in units of the metric, one number or [B]; method "tight" or "paper".
     It bounds the exact model: where both densities are about equal, one computed in float32 may exceed it by its own
-    rounding, some 1e-4, 1e-2 where many of the metric's singular values are floored, anything where such are whitened;
+    rounding, some 1e-4, 0.1 where many of the metric's singular values are floored, anything where such are whitened;
     ccu.double() does not.
     """
     require_ccu(ccu)

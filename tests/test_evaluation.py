@@ -24,6 +24,12 @@ def test_mmc_is_the_mean_confidence_in_percent():
     assert evaluation.mmc(scores) == pytest.approx(100 * np.exp(scores.numpy().astype(np.float64)).mean(), rel=1e-12)
 
 
+@pytest.mark.parametrize("values", [[3.0, 1.0, 2.0], [4.0, 1.0, 2.0, 3.0], [7.0]])
+def test_median_is_numpys(values):
+    assert evaluation.median(torch.tensor(values)) == np.median(values)
+    assert math.isnan(evaluation.median(torch.empty(0)))
+
+
 def test_fpr95_is_that_of_the_first_threshold_that_catches_95_percent():
     """Tried one by one, with many ties: a threshold takes all images of equal scores or none."""
     g = torch.Generator().manual_seed(0)

@@ -359,7 +359,9 @@ def test_mixtures_are_fitted_on_augmented_images_when_asked(augmented, few_out, 
         assert 0.3 < unmoved < 0.75 if augmented else unmoved == 1
 
 
-def test_verbose_prints_the_log_likelihood_of_every_step(few_out, capsys):
+def test_verbose_prints_the_log_likelihood_of_every_step(few_out, monkeypatch, capsys):
+    fits = []
+    monkeypatch.setattr(gen_gmm, "fit_gmm", lambda *args: (fits.append(fit_gmm(*args)), fits[-1])[1])
     run_script("gen_gmm.py --dataset Digits --n 2 --verbose 1")
     lines = capsys.readouterr().out.splitlines()
     *_, meta = checkpoints.load_mixtures("checkpoints/Digits/gmm/pca_n2_Photos.pt", "")
@@ -369,6 +371,11 @@ def test_verbose_prints_the_log_likelihood_of_every_step(few_out, capsys):
                               if line.startswith(start)), strict=True)
         assert list(map(int, steps)) == list(range(len(steps))) and len(steps) > 1
         assert float(values[-1]) == pytest.approx(last, abs=1e-3)
+    # of images, not of coordinates
+    gmm, fit = fits[0]
+    images = load_in_dist("Digits", "train", "data").images.flatten(1).double().numpy() / 255
+    fitted = GMM(gmm.mu, fit.variances.log(), gmm.alpha, gmm.metric)
+    assert meta["log_likelihoods"][0] == pytest.approx(scipy_log_prob(fitted, images).mean(), rel=1e-4)
 
 
 def test_mixtures_of_equal_metrics_share_one_and_of_others_are_refused():

@@ -63,10 +63,14 @@ def mmc(scores: Tensor) -> float:
     return 100 * scores.double().exp().mean().item()
 
 
+def median(values: Tensor) -> float:
+    """Of an even number the mean of the two in the middle, where torch's is the lower of them; NaN of none."""
+    return values.double().quantile(0.5).item() if len(values) else math.nan
+
+
 def success_rate(attacked: Tensor, scores_in: Tensor) -> float:
     """Percent of attacked points whose score is at least the in-distribution's median score."""
-    median = float(np.median(scores_in.double().cpu()))        # torch's is the lower of the two in the middle
-    return 100 * (attacked.double() >= median).double().mean().item()
+    return 100 * (attacked.double() >= median(scores_in)).double().mean().item()
 
 
 def auroc(scores_in: Tensor, scores_out: Tensor) -> float:

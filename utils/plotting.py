@@ -17,7 +17,7 @@ from matplotlib.ticker import PercentFormatter
 from PIL import Image
 from torch import Tensor
 
-from utils import files
+from utils import evaluation, files
 from utils.errors import UserError
 from utils.walk import Walk
 
@@ -125,7 +125,7 @@ def radii(panels: Mapping[str, Tensor]) -> Figure:
     fig = Figure(figsize=(3.3 * len(panels) + 0.2, 2.5), layout="constrained")
     for ax, (title, radius) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         ax.hist(radius.numpy(), bins=20, color=SKY, edgecolor="white", linewidth=0.6)
-        median = radius.median().item()
+        median = evaluation.median(radius)
         ax.axvline(median, color=BLACK, linestyle="--", linewidth=1.1)
         ax.annotate(f"median {median:.4g}", (median, 1), xycoords=("data", "axes fraction"), xytext=(4, -1),
                     textcoords="offset points", va="top", fontsize=9)
