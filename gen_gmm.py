@@ -25,7 +25,7 @@ from utils.fit import fit_gmm
 from utils.out_data import load_out, resolve
 from utils.state import State
 
-TOLD = ("reg_covar", "data_used")       # a table's notes tell where mixtures have others than the defaults
+TOLD = ("reg_covar", "data_used")       # told in a table's notes where they are not the defaults
 
 
 def main(args):

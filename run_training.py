@@ -33,7 +33,7 @@ from utils.registry import check_fit, load_models
 from utils.state import State
 from utils.training import Settings, train
 
-TOLD = ("arch", "batch_size", "lr", "lr_gmm", "decay", "loglam", "grad_vars")     # a table's notes tell
+TOLD = ("arch", "batch_size", "lr", "lr_gmm", "decay", "loglam", "grad_vars")     # as in gen_gmm.py
 
 
 def main(args):
