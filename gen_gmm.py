@@ -132,10 +132,11 @@ def progress(which: str, n: int, half_log_det: float, verbose: bool):
     bar = tqdm(desc=f"EM {which}, n = {n}", unit="step", leave=False, disable=True if verbose else None)
 
     def follow(iteration: int, log_likelihood: float):
+        log_likelihood -= half_log_det
         bar.update()
-        bar.set_postfix(log_likelihood=f"{log_likelihood - half_log_det:.2f}")
+        bar.set_postfix(log_likelihood=f"{log_likelihood:.2f}")
         if verbose:
-            print(f"EM {which}, n = {n}, step {iteration}: log-likelihood {log_likelihood - half_log_det:.4f}")
+            print(f"EM {which}, n = {n}, step {iteration}: log-likelihood {log_likelihood:.4f}")
     return follow
 
 

@@ -42,18 +42,19 @@ def main(args):
     if args.amp and not cli.has_bf16(device):
         print("warning: this machine only imitates bf16 arithmetic: training with --amp 1 is slower than without",
               file=sys.stderr)
-    if unused := cli.given(args, parser(), useless(args)):
+    options = parser()
+    if unused := cli.given(args, options, useless(args)):
         without = " without --fit_out 1" * (args.train_type == "ACET" and not args.fit_out)
         print(f"warning: --train_type {args.train_type}{without} has no use for --{', --'.join(unused)}",
               file=sys.stderr)
         for name in unused:     # nor do the record and a table's notes say that it was trained with them
-            setattr(args, name, parser().get_default(name))
+            setattr(args, name, options.get_default(name))
     label = args.label or model_paths.label(args.train_type, args.fit_out)
     path = model_paths.model(args.dataset, label)
     calibrated = args.train_type in params.CALIBRATED
     takes_out = objectives.takes_out_images(args.train_type, args.fit_out)
     out_name = resolve(args.out_dataset, args.data_dir) if takes_out else None
-    changed = cli.spelled(cli.given(args, parser(), TOLD))
+    changed = cli.spelled(cli.given(args, options, TOLD))
     if not calibrated:
         fill_in(args)
 
