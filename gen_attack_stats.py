@@ -68,6 +68,9 @@ def main(args):
         on_device = test.to(device)     # a model that gives NaN is found before the attack, not after
         at_once = min(params.EVAL_BATCH_SIZE, args.points)
         tested = {label: evaluation.evaluate(model, on_device, at_once) for label, model in models.items()}
+        for label, (log_p, scores_in) in tested.items():
+            error = evaluation.test_error(log_p, on_device.labels)
+            notes += evaluation.doubts(dataset, label, models[label], error, scores_in, test.classes)
         chosen = torch.randperm(len(test), generator=torch.Generator().manual_seed(args.seed))[:params.ATTACK_IMAGES]
         images = test.floats(chosen)
         folders = {label: unit_folder(stem, dataset, label, model, ccu, seeds, images, args)

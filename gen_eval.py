@@ -61,7 +61,7 @@ def main(args):
     for label, model in models.items():
         log_p, scores[label, "orig"] = evaluation.evaluate(model, on_device, args.batch_size)
         test_errors[label] = evaluation.test_error(log_p, on_device.labels)
-        doubts += evaluation.warn_near_chance(args.dataset, label, test_errors[label], test.classes)
+        doubts += evaluation.doubts(args.dataset, label, model, test_errors[label], scores[label, "orig"], test.classes)
         for name, data in sets.items():
             _, scores[label, name] = evaluation.evaluate(model, data.to(device), args.batch_size)
         # not to stdout: who reads it may be gone, and nothing is written yet

@@ -245,8 +245,9 @@ def how(name: str, runs: dict) -> str:
                      + ", ".join(f"{label} {run['seconds'] / 60:.1f}" for label, run in timed.items()) + ".")
     stems = [model_paths.table(number, name) for number in (1, 2)]
     start = f"{dataset_of(name)}: "
-    lines += [note.replace(start, about, 1) + "." for stem, about in zip(stems, ("Attack: ", ""), strict=True)
-              for note in notes_of(stem) if note.startswith(start)]
+    attack, evaluation = ([note.removeprefix(start) for note in notes_of(stem) if note.startswith(start)]
+                          for stem in stems)
+    lines += [f"Attack: {note}." for note in attack if note not in evaluation] + [f"{note}." for note in evaluation]
     lines.append(f"The models' commands are in `{model_paths.table_runs(model_paths.table(2, name))}`; the tables':")
     return "\n".join(lines) + "\n\n" + "".join(f"    {command}\n" for stem in stems for command in commands(stem))
 

@@ -27,7 +27,7 @@ from utils.batches import Augmentation
 from utils.calibration import calibrate
 from utils.data import load_in_dist
 from utils.errors import UserError
-from utils.evaluation import evaluate, test_error, warn_near_chance
+from utils.evaluation import doubts, evaluate, test_error
 from utils.out_data import load_out, resolve
 from utils.registry import check_fit, load_models
 from utils.state import State
@@ -88,9 +88,9 @@ def main(args):
     model, history, seconds = fit(args, networks, data, out, base, mixtures)
     if parallel.rank() > 0:
         return
-    log_p, _ = evaluate(model.eval(), test, args.batch_size)
+    log_p, scores = evaluate(model.eval(), test, args.batch_size)
     error = test_error(log_p, test.labels)
-    warn_near_chance(args.dataset, label, error, test.classes)
+    doubts(args.dataset, label, model, error, scores, test.classes)
     meta = {"dataset": args.dataset, "label": label, "train_type": args.train_type, "out_dataset": out_name,
             "epochs": args.epochs, "seed": args.seed, "augm_flag": args.augm_flag, "amp": args.amp, "test_error": error,
             "mixtures": mixtures and mixtures[2], "class_names": list(data.class_names), "steps": args.steps,

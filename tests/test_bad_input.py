@@ -20,7 +20,7 @@ from PIL import Image
 
 import utils.evaluation
 from models import CCU, GMM, LeNet, Normalised, PCAMetric, Softmax
-from utils import backups, checkpoints, cli, files, tables
+from utils import backups, checkpoints, cli, files, load_model, tables
 from utils.data import load_in_dist, read_idx
 from utils.errors import UserError
 from utils.images import list_images, read_images
@@ -740,10 +740,24 @@ def test_a_test_error_near_chance_is_named(work, capsys, monkeypatch):
     run_script(f"{EVAL} --models Base --output t")
     assert warned(capsys, "Digits: Base", "test error of 9", "guessing has 90.0 %")
     assert any("guessing has 90.0 %" in note for note in tables.notes("t"))
+    run_script(f"{ATTACK} --models Base --batches 1 --batch_size 2 --steps 1 --restarts 1 --output a")
+    assert warned(capsys, "Digits: Base", "test error of 9")
+    assert any("guessing has 90.0 %" in note for note in tables.notes("a"))
     monkeypatch.setattr("run_training.train", lambda *args: [])
     run_script(f"{TRAIN} EDL")
     assert warned(capsys, "Digits: EDL", "test error") and Path("checkpoints/Digits/EDL.pt").exists()
-    assert not utils.evaluation.warn_near_chance("x", "y", 40.0, 2) and not warned(capsys, "x")
+    base = load_model("checkpoints/Digits/Base.pt")
+    assert not utils.evaluation.doubts("x", "y", base, 40.0, torch.zeros(9), 2) and not warned(capsys, "x")
+
+
+def test_a_ccu_that_takes_many_test_images_for_noise_is_named(work, capsys):
+    """p(o) is so large that all images are taken for noise."""
+    run_script(f"{EVAL} --models Base CCU --output t")
+    assert not warned(capsys, "confident of")
+    changed(CCU_PT, "state", loglam=torch.tensor(1e5))()
+    run_script(f"{EVAL} --models Base CCU --output t")
+    assert warned(capsys, "Digits: CCU is at most 1.1/M confident of 100 % of the test images", "--n")
+    assert any("confident of 100 %" in note for note in tables.notes("t"))
 
 
 def test_a_batch_too_small_for_a_batch_norm_is_named(tmp_path, capsys, monkeypatch):

@@ -76,13 +76,13 @@ def gaussian(features: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Te
     """Class means [M, F] and W [F, F] with W W^T = Sigma^+ for features [N, F], labels [N]; in float64.
 
     Sigma = 1/N sum_n (f_n - mean of its class)(...)^T.  It is singular where a feature is always 0 (a dead ReLU):
-    directions with less than F eps of the largest variance count nothing (eps of float32, which the features have:
-    the pseudo-inverse that scikit-learn computes for Lee et al.'s code).
+    directions with less than F eps of the largest variance count nothing, as in scikit-learn's pseudo-inverse, which
+    Lee et al.'s code takes (EmpiricalCovariance.precision_).
     """
     features = features.double()
     one_hot = torch.nn.functional.one_hot(labels, classes).double()                 # [N, M]
     means = one_hot.T @ features / one_hot.sum(0)[:, None]
     centred = features - means[labels]
     variances, directions = torch.linalg.eigh(centred.T @ centred / len(features))  # Sigma = V diag(v) V^T
-    kept = variances > variances[-1] * len(variances) * torch.finfo(torch.float32).eps
+    kept = variances > variances[-1] * len(variances) * torch.finfo(features.dtype).eps
     return means, directions * torch.where(kept, variances, torch.inf).rsqrt()

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from models import Detector
+import params
+from models import CCU, Detector
 from utils.batches import ImageSet, batches
 from utils.errors import UserError
 
@@ -47,15 +48,21 @@ def test_error(log_p: Tensor, labels: Tensor) -> float:
     return 100 * (log_p.argmax(1) != labels).double().mean().item()
 
 
-def warn_near_chance(dataset: str, label: str, error: float, classes: int) -> list[str]:
-    """A line where a test error (%) is hardly better than that of guessing: on stderr, and for a table's notes."""
-    chance = 100 * (1 - 1 / classes)
-    if error <= 0.9 * chance:
-        return []
-    note = (f"{dataset}: {label} has a test error of {error:.1f} %, guessing has {chance:.1f} %: it has learnt "
-            "nothing, or from other images")
-    print(f"warning: {note}", file=sys.stderr)
-    return [note]
+def doubts(dataset: str, label: str, model: Detector, error: float, scores: Tensor, classes: int) -> list[str]:
+    """Lines where a test error (%) is hardly better than that of guessing, or a CCU, whose confidence in noise is
+    1/M, has hardly more in many test images: on stderr, and for a table's notes."""
+    chance, notes = 100 * (1 - 1 / classes), []
+    unsure = 100 * (scores <= math.log(params.RATIO / classes)).double().mean().item()
+    if error > 0.9 * chance:
+        notes.append(f"{dataset}: {label} has a test error of {error:.1f} %, guessing has {chance:.1f} %: it has "
+                     "learnt nothing, or from other images")
+    if isinstance(model, CCU) and unsure > 10:
+        notes.append(f"{dataset}: {label} is at most {params.RATIO}/M confident of {unsure:.0f} % of the test images, "
+                     "as of noise, and its AUC and SR suffer by it: train longer, on more images, or with fewer "
+                     "centroids (--n)")
+    for note in notes:
+        print(f"warning: {note}", file=sys.stderr)
+    return notes
 
 
 def mmc(scores: Tensor) -> float:
