@@ -99,6 +99,8 @@ $(MODELS)/.table1: $(sort $(LABELS:%=$(MODELS)/%.pt) $(MODELS)/CCU.pt) $(call st
 	$(PY) gen_attack_stats.py --datasets $(DATASET) --wide_format 1 --fit_out 1 $(DATA) $(call gpu,CCU) --models $(LABELS) --steps $(STEPS) --restarts $(RESTARTS) --resume 1 --output $(TABLE1)
 	@echo '$(OF1)' > $@
 
+# written whole or not at all, and replaced only at the end: not for make to delete when it is interrupted
+.PRECIOUS: $(MODELS)/%.pt
 $(MODELS)/%.pt: | $(INSTALLED)
 	$(PY) run_training.py --dataset $(DATASET) $$($(PY) -c 'import model_paths; print(model_paths.options("$*"))') --augm_flag 1 $(if $(filter ODIN% Maha%,$*),,$(addprefix --epochs ,$(EPOCHS))) $(DATA) $(if $(filter $(NO_OUT),$*),,$(OUT)) $(call gpu,$*) --resume 1 $(ACET) $(TRAIN_ARGS)
 

@@ -47,10 +47,11 @@ def main(args):
     check_enough(args.n, out)
 
     jobs = {}       # file -> what decides it
+    images = f"of {files.digest(data.images, out.images)}"      # a folder may have changed since
     for n, path in paths.items():
         options = {"dataset": args.dataset, "metric": name, "n": n, "out_dataset": out_name,
                    **cli.own_folders(args, out_name),
-                   "seed": args.seed, "images": [len(data), len(out)], "shape": list(data.images.shape[1:]),
+                   "seed": args.seed, "images": images, "shape": list(data.images.shape[1:]),
                    "reg_covar": args.reg_covar, "augm_flag": args.augm_flag}
         files.lock(path)
         if args.resume and is_there(options, path):

@@ -28,6 +28,7 @@ def main(args):
         model = from_authors(state, params.DATASETS[args.dataset])
     except ValueError as error:
         raise UserError(f"{args.pretrained} is no state dict of a CCU model for {args.dataset}: {error}") from error
+    files.lock(path)        # a training may be making it
     if path.exists() and not args.overwrite:
         raise UserError(f"{path} exists; --overwrite 1 replaces it, --label NAME puts the new one beside it")
     checkpoints.save_model(model, path, {"dataset": args.dataset, "label": args.label, "train_type": "CEDA_GMM",

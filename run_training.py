@@ -58,7 +58,9 @@ def main(args):
     if not calibrated:
         fill_in(args)
 
-    files.check_writable(path, model_paths.log_dir(args.dataset, label) / "events")
+    networks = networks_of(args, label, path)
+    files.check_writable(path, model_paths.run_record(path), *(state for _, _, state in networks),
+                         model_paths.log_dir(args.dataset, label) / "events")
 
     # what has to be there already comes first
     base_label = model_paths.base_of(label)
@@ -84,7 +86,6 @@ def main(args):
     if path.exists() and parallel.rank() == 0:
         print(f"warning: {path} is there and will be replaced; --label NAME keeps both", file=sys.stderr)
 
-    networks = networks_of(args, label, path)
     model, history, seconds = fit(args, networks, data, out, base, mixtures)
     if parallel.rank() > 0:
         return
@@ -146,7 +147,8 @@ def train_network(args, seed, name, state_path, data, out, base, mixtures) -> tu
                         args.batch_size, seed)
     augmentation = Augmentation.of(params.DATASETS[args.dataset]) if args.augm_flag else None
     options = decisive(args, out and out.name) | {      # a folder may have changed since
-        "class_names": list(data.class_names), "images": [len(data), out and len(out)]}
+        "class_names": list(data.class_names),
+        "images": f"of {files.digest(data.images, data.labels, out and out.images)}"}
     if mixtures:
         options["gmm_path"] = f"of {files.digest(*mixtures[:2])}"       # the file may have been written anew
     if args.warmstart:

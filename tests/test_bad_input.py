@@ -189,6 +189,8 @@ TABLE = [
     (f"{TRAIN} plain --label ../x", ["--label", "../x"]),
     (f"{TRAIN} plain --label -x", ["--label"]),
     (f"{TRAIN} plain --label {'x' * 250}", ["can't write", "xxx"]),
+    (f"{TRAIN} plain --label {'x' * 239}", ["can't write", "too long"]),      # with .state and .tmp alone
+    (f"{EVAL} --output {'x' * 236}", ["can't write", "too long"]),            # with _fpr95.csv and .tmp alone
     (f"{TRAIN} plain --out_dataset Fotos", ["Fotos", "did you mean Photos"]),
     (f"{TRAIN} plain --metric maha", ["maha", "mahalanobis"]),
     (f"{TRAIN} plain Digits", ["Digits belongs to no option"]),

@@ -1,5 +1,7 @@
 """--dataset Folder: the user's own images through every script."""
 
+import shutil
+
 import pandas as pd
 import pytest
 import torch
@@ -168,8 +170,32 @@ def test_other_images_do_not_continue_a_run(tmp_path, monkeypatch, capsys):
     killed(monkeypatch, run_script, command)
     photo = next((tmp_path / "images/train/red").iterdir())
     photo.rename("photo")
-    assert "made with images [12, None], not [11, None]" in refusal(command + " --resume 1", capsys)
+    assert "made with images of " in refusal(command + " --resume 1", capsys)
     (tmp_path / "photo").rename(photo)
+    pixels = photo.read_bytes()
+    shutil.copy(next((tmp_path / "images/test/blue").iterdir()), photo)     # as many as before
+    assert "made with images of " in refusal(command + " --resume 1", capsys)
+    photo.write_bytes(pixels)
     for split in ("train", "test"):         # its label would be another
         (tmp_path / "images" / split / "red").rename(tmp_path / "images" / split / "a red")
     assert "made with class_names ['blue', 'green', 'red']" in refusal(command + " --resume 1", capsys)
+
+
+def test_other_out_images_do_not_continue_a_run(tmp_path, monkeypatch, capsys):
+    """However many photos there are, as many crops are cut of them."""
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "test"):
+        write_images(tmp_path / "images" / split, 4, COLOURS, 0)
+    write_images(tmp_path / "photos", 4, COLOURS, 1)
+    out = f"{DATA} --out_dataset Folder --out_dir photos"
+    fit = f"gen_gmm.py {out} --n 2 --resume 1"
+    train = f"run_training.py {out} --train_type CEDA --epochs 1 --arch LeNet"
+    run_script(fit)
+    killed(monkeypatch, run_script, train)
+    run_script(fit)
+    assert "is there" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "photos")
+    write_images(tmp_path / "photos", 4, COLOURS, 2)
+    run_script(fit)
+    assert "is there" not in capsys.readouterr().out
+    assert "made with images of " in refusal(train + " --resume 1", capsys)

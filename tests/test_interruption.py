@@ -12,6 +12,7 @@ import os
 import random
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -77,6 +78,34 @@ def test_temporary_files_of_killed_writes_go_with_the_next_write(tmp_path):
         files._lock(busy.fileno())
         files.write_text(tmp_path / "a.pt", "whole")
     assert {path.name for path in tmp_path.iterdir()} == {"a.pt", ".a.pt.2.tmp", ".ab.pt.3.tmp", ".a.pt.4.tmp"}
+
+
+@pytest.mark.parametrize("after", [1, 5, 9])
+@pytest.mark.parametrize("ending", [KeyboardInterrupt, MemoryError])
+def test_what_ends_a_write_is_told_as_what_it_is(ending, after, tmp_path):
+    """torch.save turns it into a RuntimeError of its own, which would pass for a disk that cannot be written to."""
+    class Ended:
+        writes = 0
+
+        def write(self, data):
+            self.writes += 1
+            if self.writes == after:
+                raise ending
+            return len(data)
+
+        def flush(self):
+            pass
+    with pytest.raises(ending):
+        files.write(tmp_path / "a.pt", lambda file: torch.save({"x": torch.zeros(9)}, Ended()))
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_are_for_those_whom_the_user_lets_read(tmp_path):
+    before = os.umask(0o027)
+    try:
+        assert stat.S_IMODE(files.write_text(tmp_path / "a", "x").stat().st_mode) == 0o640
+    finally:
+        assert os.umask(before) == 0o027
 
 
 # --- the helper process ------------------------------------------------------------------------------------

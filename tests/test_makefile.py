@@ -138,6 +138,18 @@ def test_tables_of_other_models_are_made_anew(planned, folder):
     assert planned("LABELS=Base CCU")[0] == ["gen_attack_stats"]
 
 
+def test_an_interrupt_leaves_the_model_that_has_just_been_written(planned, folder):
+    """make would delete it, as a target whose recipe did not end."""
+    python = folder / ".venv/bin/python"
+    python.parent.mkdir()
+    python.write_text("#!/bin/sh\ncase $1 in run_training.py) mkdir -p checkpoints/Digits; echo x > "
+                      "checkpoints/Digits/Base.pt; kill -INT 0;; esac\n")
+    python.chmod(0o755)
+    run = subprocess.run(["make", "checkpoints/Digits/Base.pt"], cwd=folder, text=True, capture_output=True,
+                         start_new_session=True)
+    assert run.returncode and (folder / "checkpoints/Digits/Base.pt").exists(), run.stderr
+
+
 def test_a_check_leaves_the_models_that_are_there(planned, folder):
     run = subprocess.run(["make", "-n", "check"], cwd=folder, text=True, capture_output=True)
     demo = [line for line in run.stdout.splitlines() if ".py --dataset" in line and "echo" not in line]

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import run_script
 
 import load_pretrained
 import params
-from utils import load_model
-from utils.errors import UserError
+from utils import files, load_model
 
 
 def layer(g, *shape):
@@ -106,8 +106,7 @@ def test_authors_weights_give_the_published_output(dataset, network, tmp_path, m
     monkeypatch.chdir(tmp_path)
     weights, state = authors_state(dataset)
     torch.save(state, "authors.pt")
-    args = load_pretrained.parser().parse_args(["--dataset", dataset, "--pretrained", "authors.pt"])
-    load_pretrained.main(args)
+    run_script(f"load_pretrained.py --dataset {dataset} --pretrained authors.pt")
     model = load_model(f"checkpoints/{dataset}/CCU.pt")
     info = params.DATASETS[dataset]
     x = torch.rand(4, info.channels, info.size, info.size)
@@ -147,19 +146,23 @@ def test_weights_that_do_not_sum_to_one_are_named(capsys):
     assert capsys.readouterr().err == "warning: the weights exp(mm_out.alpha) sum to 2, not to 1\n"
 
 
-def test_an_existing_checkpoint_is_kept(tmp_path, monkeypatch):
+def test_an_existing_checkpoint_is_kept(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     _, state = authors_state("MNIST")
     torch.save(state, "authors.pt")
-    args = load_pretrained.parser().parse_args(["--dataset", "MNIST", "--pretrained", "authors.pt"])
-    load_pretrained.main(args)
+    load = "load_pretrained.py --dataset MNIST --pretrained authors.pt"
+    run_script(load)
     path = tmp_path / "checkpoints/MNIST/CCU.pt"
     first = path.read_bytes()
     _, state = authors_state("MNIST", seed=1)
     torch.save(state, "authors.pt")
-    with pytest.raises(UserError, match="exists"):
-        load_pretrained.main(args)
-    assert path.read_bytes() == first
-    args.overwrite = True
-    load_pretrained.main(args)
+    with pytest.raises(SystemExit):
+        run_script(load)
+    assert "exists" in capsys.readouterr().err
+    with path.with_name(".CCU.pt.lock").open("w") as training:
+        files._lock(training.fileno())
+        with pytest.raises(SystemExit):
+            run_script(f"{load} --overwrite 1")
+    assert "is being made" in capsys.readouterr().err and path.read_bytes() == first
+    run_script(f"{load} --overwrite 1")
     assert path.read_bytes() != first

@@ -44,19 +44,27 @@ def write(path: str | Path, writer: Callable) -> Path:
             writer(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
         temporary = None
     except (torch.AcceleratorError, torch.OutOfMemoryError):
         raise
-    except (OSError, RuntimeError) as error:      # torch.save reports a full disk as a RuntimeError
-        hidden = isinstance(error, RuntimeError) and isinstance(error.__context__, OSError)
-        cause = error.__context__ if hidden else error
+    except (OSError, RuntimeError) as error:
+        # torch.save reports whatever ends it, a full disk or Ctrl-C, as a RuntimeError
+        cause = error.__context__ if isinstance(error, RuntimeError) and error.__context__ else error
+        if isinstance(cause, KeyboardInterrupt | MemoryError):
+            raise cause from None
         raise UserError(f"can't write {path}: {first_line(cause)}") from error
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
     return path
+
+
+def _umask() -> int:
+    """What the user keeps from others; it cannot be read without being set."""
+    os.umask(mask := os.umask(0o077))
+    return mask
 
 
 def _remove_abandoned(path: Path) -> None:
@@ -121,9 +129,9 @@ def check_writable(*paths: str | Path) -> None:
             if path.is_dir():
                 raise UserError(f"can't write {path}: it is a folder; give the name of a file in it, {path / 'NAME'}")
             with suppress(FileNotFoundError, NotADirectoryError):
-                os.stat(path.with_name(f".{path.name}.temporary"))      # raises where the name is too long
+                os.stat(path.with_name(f".{path.name}.12345678.tmp"))       # raises where the name is too long
             folder = path.parent
-            while not folder.exists():
+            while not folder.exists() and not folder.is_symlink():
                 folder = folder.parent
         except OSError as error:
             raise UserError(f"can't write {path}: {error.strerror}") from error
@@ -193,7 +201,7 @@ def digest(*parts) -> str:
     for part in parts:
         tensors = part.state_dict().values() if isinstance(part, torch.nn.Module) else [part]
         for item in tensors:
-            found.update(item.detach().cpu().contiguous().numpy().tobytes() if isinstance(item, torch.Tensor)
+            found.update(item.detach().cpu().contiguous().view(-1).numpy() if isinstance(item, torch.Tensor)
                          else f"{item};".encode())
     return found.hexdigest()[:16]
 

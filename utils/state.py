@@ -7,7 +7,7 @@ from utils import files
 from utils.errors import UserError
 
 SAVE_EVERY = 30.0       # seconds between saved states
-FORMAT = "CCU state, version 8"     # also the version of an attack's finished batches (utils/attack_batches.py)
+FORMAT = "CCU state, version 9"     # also the version of an attack's finished batches (utils/attack_batches.py)
 
 
 class State:
