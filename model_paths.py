@@ -110,7 +110,7 @@ def trained(dataset: str) -> dict[str, Path]:
 
 def command(dataset: str, label: str) -> str:
     """The command that makes the model."""
-    images = " --data_dir DIR" if dataset == "Folder" else ""
+    images = " --data_dir DIR --image_size N" if dataset == "Folder" else ""
     return f"python run_training.py --dataset {dataset}{images} {options(label)} --augm_flag 1"
 
 
