@@ -18,7 +18,6 @@ GAUC, the AUROC of the test images' scores against these bounds, which no attack
 
 import math
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -28,12 +27,12 @@ import torch
 import model_paths
 import params
 from models import CCU, certified_radius, confidence_bound
-from models.certificate import METHODS
+from models.certificate import CERTIFICATES
 from utils import cli, evaluation, files, parallel, records, tables
 from utils.attack_batches import attack_all, merge, unit_folder
 from utils.backups import ATTACK, check_replaceable, meta_of
 from utils.data import KNOWN_OOD, load_in_dist, load_ood
-from utils.errors import UserError
+from utils.errors import UserError, warn
 from utils.out_data import load_out, resolve
 from utils.region import Coordinates
 from utils.registry import check_fit, load_ccu, load_models, name_untrained
@@ -49,7 +48,7 @@ def main(args):
     if args.load_seeds and len(args.datasets) > 1:
         raise UserError("--load_seeds holds the seeds of one data set: give one to --datasets")
     if not args.out_seeds and (args.out_dataset != "auto" or args.out_dir):
-        print("warning: --out_dataset and --out_dir have no use without --out_seeds 1", file=sys.stderr)
+        warn("--out_dataset and --out_dir have no use without --out_seeds 1")
     stem = Path(args.output or model_paths.table(1, f"{'_'.join(args.datasets)}_{model_paths.stamp()}"))
     backups = {dataset: model_paths.backup(stem, dataset) for dataset in args.datasets}
     files.check_writable(stem, *tables.files_of(stem), *backups.values())
@@ -62,8 +61,8 @@ def main(args):
         if args.models is None:
             name_untrained(dataset)
         if args.radius is None and (zero := int((radii == 0).sum())) > len(radii) / 2:
-            print(f"warning: {zero} of {len(radii)} radii of {dataset} are 0: nothing is certified around these seeds, "
-                  "and their attacks cannot move", file=sys.stderr)
+            warn(f"{zero} of {len(radii)} radii of {dataset} are 0: nothing is certified around these seeds, "
+                 "and their attacks cannot move")
         start = time.monotonic()
         on_device = test.to(device)     # a model that gives NaN is found before the attack, not after
         at_once = min(params.EVAL_BATCH_SIZE, args.points)
@@ -86,14 +85,15 @@ def main(args):
             if stuck := count_stuck(model, seeds, radii, result[label]):
                 notes.append(f"{dataset}: the attack on {label} gains nothing over {stuck} of {len(seeds)} seeds: the "
                              "score may have no gradient there; its MMC, SR and AUC say little")
-                print(f"warning: {notes[-1]}", file=sys.stderr)
+                warn(notes[-1])
             rows[dataset, label] = statistics(model, log_p, scores_in, result[label]["score"], on_device.labels)
             if args.certify:
                 rows[dataset, label] |= certify(model, seeds.to(device), radii, scores_in)
                 if (bound := rows[dataset, label]["bound"]) is not None:
                     notes.append(f"{dataset}, {label}: MMC {rows[dataset, label]['MMC']:.4f} <= {bound:.4f} certified")
-        notes += [f"{dataset}: {describe_balls(args, radii)}", *records.model_notes(models)]
-        notes += [f"{label}: attacked by way of log(confidence - 1/M), since the score itself is flat far out"
+        notes.append(f"{dataset}: {describe_balls(args, radii)}")
+        notes += [f"{dataset}, {note}" for note in records.model_notes(models)]
+        notes += [f"{dataset}, {label}: attacked by way of log(confidence - 1/M), since the score is flat far out"
                   for label, model in models.items() if isinstance(model, CCU)]
         written.append(files.save({
             "format": ATTACK, "record": records.of(args, seconds=time.monotonic() - start),
@@ -111,17 +111,6 @@ def main(args):
     tables.show(table, title)
     print("", *notes, sep="\n")
     print("", *(f"wrote {path}" for path in written), sep="\n")
-
-
-def describe_balls(args, radii) -> str:
-    seeds = f"seeds of {args.load_seeds}" if args.load_seeds else f"seeds: {args.seeds or 'uniform noise'}"
-    if args.out_seeds:
-        seeds = f"seeds: test draws of {resolve(args.out_dataset, args.data_dir)}"
-    seeds += f"; {args.steps} step{'s' * (args.steps > 1)}, {args.restarts} start{'s' * (args.restarts > 1)} a seed"
-    if args.radius is not None:
-        return f"{seeds}; all radii {args.radius:g}"
-    return (f"{seeds}; radii of {BALLS[args.fit_out]} by the {args.certificate} certificate at ratio {params.RATIO}: "
-            f"median {evaluation.median(radii):.4g}, {int((radii == 0).sum())} of {len(radii)} are 0")
 
 
 def prepare(dataset: str, args, device):
@@ -194,16 +183,27 @@ def statistics(model, log_p, scores_in, attacked, labels) -> dict:
 
 def certify(model, seeds, radii, scores_in) -> dict:
     """What the certificate alone says of the balls that were attacked; None for models that have none."""
-    names = [f"R {which} {method}" for method in METHODS for which in ("mean", "median")]
+    names = [f"R {which} {method}" for method in CERTIFICATES for which in ("mean", "median")]
     if not isinstance(model, CCU):
         return dict.fromkeys([*names, "bound", "share", "GAUC"])
-    certified = [certified_radius(model, seeds, params.RATIO, method=method) for method in METHODS]
+    certified = [certified_radius(model, seeds, params.RATIO, method=method) for method in CERTIFICATES]
     bound = confidence_bound(model, seeds, radii.to(seeds.device))
     averages = (average for r in certified for average in (r.mean().item(), evaluation.median(r)))
     return {**dict(zip(names, averages, strict=True)),
             "bound": 100 * bound.mean().item(),
             "share": 100 * (bound <= params.RATIO / model.classes).double().mean().item(),
             "GAUC": evaluation.auroc(scores_in.double(), bound.log())}
+
+
+def describe_balls(args, radii) -> str:
+    seeds = f"seeds of {args.load_seeds}" if args.load_seeds else f"seeds: {args.seeds or 'uniform noise'}"
+    if args.out_seeds:
+        seeds = f"seeds: test draws of {resolve(args.out_dataset, args.data_dir)}"
+    seeds += f"; {args.steps} step{'s' * (args.steps > 1)}, {args.restarts} start{'s' * (args.restarts > 1)} a seed"
+    if args.radius is not None:
+        return f"{seeds}; all radii {args.radius:g}"
+    return (f"{seeds}; radii of {BALLS[args.fit_out]} by the {args.certificate} certificate at ratio {params.RATIO}: "
+            f"median {evaluation.median(radii):.4g}, {int((radii == 0).sum())} of {len(radii)} are 0")
 
 
 def layout(rows: dict, args) -> pd.DataFrame:
@@ -222,7 +222,7 @@ def layout(rows: dict, args) -> pd.DataFrame:
 def parser() -> cli.Parser:
     p = cli.Parser(__doc__).datasets().out_dataset().common().table()
     p.add_argument("--fit_out", type=cli.flag, default=False, help="radii from CCU (1) or from CCUs (0)")
-    p.add_argument("--certificate", choices=METHODS, default="paper", help="which bound gives the radii; "
+    p.add_argument("--certificate", choices=CERTIFICATES, default="paper", help="which bound gives the radii; "
                    "paper is the one that the published code computes (paper)")
     p.add_argument("--steps", type=cli.integer(1), default=params.ATTACK_STEPS,
                    help=f"gradient steps ({params.ATTACK_STEPS})")

@@ -23,11 +23,11 @@ from tqdm import tqdm
 import model_paths
 import params
 from models import CCU, certified_radius
-from models.certificate import METHODS
+from models.certificate import CERTIFICATES
 from utils import cli, evaluation, files, records, tables
 from utils.backups import SCORES, check_replaceable, meta_of
 from utils.data import load_in_dist, load_ood, load_ood_folder
-from utils.errors import MissingData, UserError
+from utils.errors import MissingData, UserError, warn
 from utils.out_data import FIXED, load_out, one_holds
 from utils.registry import check_fit, load_models, name_untrained
 
@@ -92,19 +92,6 @@ def main(args):
     print("", *(f"wrote {path}" for path in written), sep="\n")
 
 
-def runs(dataset, models, test_errors) -> dict:
-    """label -> run record without the epochs' history; of a model that was not trained here what it says of itself."""
-    made = {}
-    for label, model in models.items():
-        record = records.load(model_paths.run_record(model_paths.model(dataset, label)))
-        if record.get("test_error") != model.meta.get("test_error"):      # of another model, which stood here before
-            record = {}
-        record.pop("history", None)
-        made[label] = {**model.meta, **record, "test_error": test_errors[label],
-                       "arch": model.spec["base_model"]["arch"]}
-    return made
-
-
 def ood_sets(args, test) -> dict:
     """name -> images of the OOD sets that are there; a line for each that is not."""
     own = {name: load_ood_folder(name, folder, test) for name, folder in args.ood}
@@ -129,7 +116,7 @@ def warn_overlap(models, sets, test, args) -> None:
         for name, what in near.items():
             learnt.setdefault((what, name), []).append(label)
     for (out, name), labels in learnt.items():
-        print(f"warning: {', '.join(labels)} learnt from {out}: {name} is not OOD to them", file=sys.stderr)
+        warn(f"{', '.join(labels)} learnt from {out}: {name} is not OOD to them")
     trained = {model.meta.get("out_dataset") for model in models.values()}
     hashes = {args.dataset: set(map(hash, image_bytes(test)))}
     for name in trained.intersection(FIXED) - {"TinyImages"}:     # of which a draw takes long; CIFAR's have their list
@@ -140,7 +127,7 @@ def warn_overlap(models, sets, test, args) -> None:
         own = [hash(image) for image in image_bytes(data)]
         for what, others in hashes.items():
             if same := sum(image in others for image in own):
-                print(f"warning: {same} of {len(own)} images of {name} are among those of {what}", file=sys.stderr)
+                warn(f"{same} of {len(own)} images of {name} are among those of {what}")
 
 
 def image_bytes(data):
@@ -173,13 +160,26 @@ def certificates(models, sets, scores) -> pd.DataFrame:
         R = {}
         for name in tqdm(names, desc=f"certificates of {label}", leave=False, disable=None):
             x = sets[name].floats()
-            R[name] = {method: certified_radius(model, x, params.RATIO, method) for method in METHODS}
+            R[name] = {method: certified_radius(model, x, params.RATIO, method) for method in CERTIFICATES}
         limit = math.log(params.RATIO / model.classes)
         columns[label, "uncertain"] = [100 * (scores[label, name] <= limit).double().mean().item() for name in names]
         columns[label, "certified"] = [100 * (R[name]["tight"] > 0).double().mean().item() for name in names]
-        for method in METHODS:
+        for method in CERTIFICATES:
             columns[label, f"R {method}"] = [evaluation.median(R[name][method][R[name][method] > 0]) for name in names]
     return pd.DataFrame(columns, names)
+
+
+def runs(dataset, models, test_errors) -> dict:
+    """label -> run record without the epochs' history; of a model that was not trained here what it says of itself."""
+    made = {}
+    for label, model in models.items():
+        record = records.load(model_paths.run_record(model_paths.model(dataset, label)))
+        if record.get("test_error") != model.meta.get("test_error"):      # of another model, which stood here before
+            record = {}
+        record.pop("history", None)
+        made[label] = {**model.meta, **record, "test_error": test_errors[label],
+                       "arch": model.spec["base_model"]["arch"]}
+    return made
 
 
 def parser() -> cli.Parser:

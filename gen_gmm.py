@@ -7,7 +7,6 @@ metric, on about 25,000 out-images; writes checkpoints/<dataset>/gmm/<metric>_n<
 100 centroids takes about half a minute on two cores; --dataset Digits needs no data and takes seconds.
 """
 
-import sys
 import time
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from models import PCAMetric
 from utils import checkpoints, cli, files
 from utils.batches import Augmentation, ImageSet, augment
 from utils.data import load_in_dist
-from utils.errors import UserError
+from utils.errors import UserError, warn
 from utils.fit import fit_gmm
 from utils.out_data import load_out, resolve
 from utils.state import State
@@ -123,8 +122,8 @@ def make_metric(name: str, X: torch.Tensor) -> PCAMetric:
     if few or floored > len(s) / 2:
         more = (f"; {len(X)} images span no more than {len(X) - 1} directions, so that new ones will look far away: "
                 "give more images, a smaller --image_size, or --PCA 0" if few else "")
-        print(f"warning: {floored} of {len(s)} singular values are at the floor: the images hardly vary in these "
-              f"directions, and any change along them counts as far away{more}", file=sys.stderr)
+        warn(f"{floored} of {len(s)} singular values are at the floor: the images hardly vary in these "
+             f"directions, and any change along them counts as far away{more}")
     return metric
 
 

@@ -11,7 +11,6 @@ seed alone (Base, Base-seed1, ...) become mean ± standard deviation.
 
 import contextlib
 import json
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -19,7 +18,7 @@ import pandas as pd
 import model_paths
 import params
 from utils import cli, files, records, tables
-from utils.errors import UserError
+from utils.errors import UserError, warn
 
 # README.md's tables and, of their labels, these
 SHORT = {"MNIST-100epochs": ("Base", "CEDA", "OE", "ODIN", "Maha", "CCUs", "CCU"),
@@ -115,8 +114,8 @@ def section(name: str) -> str:
     figures = over_seeds(read_figures(name, runs), runs)
     plain = list(map(model_paths.without_seed, figures))
     if apart := [label for label, of in zip(figures, plain, strict=True) if label != of and plain.count(of) > 1]:
-        print(f"warning: {name}: {', '.join(apart)} and the others of their label do not differ in their seed alone: "
-              "not averaged; remove the checkpoints that are to be trained anew, and make tables", file=sys.stderr)
+        warn(f"{name}: {', '.join(apart)} and the others of their label do not differ in their seed alone: "
+             "not averaged; remove the checkpoints that are to be trained anew, and make tables")
     text = f"### {heading(name, runs)}\n\n{how(name, runs)}\n" + markdown(figures.map(show)) + certified(name, runs)
     authors = read_authors(dataset_of(name))
     rows = [row for row in figures.index if published(row) in authors.index]

@@ -7,7 +7,6 @@ gen_eval.py and gen_attack_stats.py then find.
 """
 
 import math
-import sys
 
 import torch
 
@@ -15,12 +14,10 @@ import model_paths
 import params
 from models import CCU, GMM, PCAMetric, Softmax, build_classifier
 from utils import checkpoints, cli, files
-from utils.errors import UserError
+from utils.errors import UserError, warn
 
 
 def main(args):
-    if args.dataset == "Folder":
-        raise UserError("--dataset Folder: the authors have no models of your images; train them with run_training.py")
     state = files.load(args.pretrained, mend="give the authors' state dict")
     path = model_paths.model(args.dataset, args.label)
     files.check_writable(path)
@@ -74,7 +71,7 @@ def from_authors(state: dict, dataset: params.Dataset) -> CCU:
         K = len(mu)
         alpha = take(f"{name}.alpha", K)
         if abs(total := alpha.logsumexp(0).item()) > 1e-3:
-            print(f"warning: the weights exp({name}.alpha) sum to {math.exp(total):.4g}, not to 1", file=sys.stderr)
+            warn(f"the weights exp({name}.alpha) sum to {math.exp(total):.4g}, not to 1")
         gmms.append(GMM(mu, take(f"{name}.logvar", K), alpha, metric))
     agree("log_K", take("log_K"), torch.tensor(-math.log(dataset.classes)))
     loglam = take("loglam").item()
@@ -90,7 +87,9 @@ def agree(key: str, value: torch.Tensor, expected: torch.Tensor, atol: float = 0
 
 
 def parser() -> cli.Parser:
-    p = cli.Parser(__doc__).dataset().common()
+    p = cli.Parser(__doc__).common()
+    p.add_argument("--dataset", required=True, choices=[name for name in params.DATASETS if name != "Folder"],
+                   metavar="D", help="the in-distribution of the model")
     p.add_argument("--pretrained", type=cli.path, required=True, metavar="FILE", help="the authors' state dict (.pt)")
     p.add_argument("--label", type=cli.name, default="CCU", help="label in the tables (CCU)")
     p.add_argument("--overwrite", type=cli.flag, default=False, help="1 = replace an existing checkpoint (0)")

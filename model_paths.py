@@ -52,44 +52,25 @@ def options(label: str) -> str:
     return LABELS[without_seed(label)] + (f" --seed {seed} --label {label}" if seed else "")
 
 
+def command(dataset: str, label: str) -> str:
+    """The command that makes the model."""
+    images = " --data_dir DIR --image_size N" if dataset == "Folder" else ""
+    return f"python run_training.py --dataset {dataset}{images} {options(label)} --augm_flag 1"
+
+
 def model(dataset: str, label: str) -> Path:
     """A model's checkpoint."""
     return CHECKPOINTS / dataset / f"{label}.pt"
 
 
-def table(number: int, name: str) -> Path:
-    """A table's files without their endings."""
-    return RESULTS / f"table{number}_{name}"
-
-
-def ablation(name: str) -> Path:
-    """An ablation's files without their endings."""
-    return RESULTS / f"ablation_{name}"
-
-
-def benchmark(machine: str) -> Path:
-    """What benchmarks/run.py measured."""
-    return RESULTS / f"benchmark_{machine}.json"
-
-
-def stamp() -> str:
-    """The time, for names that are given none."""
-    return time.strftime("%Y%m%d-%H%M%S")
-
-
-def table_runs(stem: str | Path) -> Path:
-    """How the models of Table 2 were trained."""
-    return Path(f"{stem}_runs.json")
+def run_record(checkpoint: Path) -> Path:
+    """How a checkpoint was made, for people and for --resume 1."""
+    return checkpoint.with_suffix(".json")
 
 
 def training_state(checkpoint: Path, member: int | None = None) -> Path:
     """What --resume 1 continues from; each member of an ensemble has its own."""
     return checkpoint.with_suffix(".state" if member is None else f".{member}.state")
-
-
-def run_record(checkpoint: Path) -> Path:
-    """How a checkpoint was made, for people and for --resume 1."""
-    return checkpoint.with_suffix(".json")
 
 
 def mixtures(dataset: str, metric: str, n: int, out_dataset: str) -> Path:
@@ -108,15 +89,19 @@ def trained(dataset: str) -> dict[str, Path]:
     return {name: found[name] for name in [*LABELS, *found] if name in found}
 
 
-def command(dataset: str, label: str) -> str:
-    """The command that makes the model."""
-    images = " --data_dir DIR --image_size N" if dataset == "Folder" else ""
-    return f"python run_training.py --dataset {dataset}{images} {options(label)} --augm_flag 1"
+def table(number: int, name: str) -> Path:
+    """A table's files without their endings."""
+    return RESULTS / f"table{number}_{name}"
 
 
-def log_dir(dataset: str, label: str) -> Path:
-    """Of a training's TensorBoard scalars; another one for each run."""
-    return LOGS / dataset / f"{label}_{stamp()}"
+def table_runs(stem: str | Path) -> Path:
+    """How the models of Table 2 were trained."""
+    return Path(f"{stem}_runs.json")
+
+
+def backup(stem: str | Path, dataset: str | None = None) -> Path:
+    """Where the data behind the table `stem` are kept: in the folder backup beside it."""
+    return Path(stem).parent / "backup" / (Path(stem).name + (f"_{dataset}" if dataset else "") + ".pt")
 
 
 def attack_units(stem: str | Path, dataset: str, label: str, digest: str) -> Path:
@@ -125,11 +110,26 @@ def attack_units(stem: str | Path, dataset: str, label: str, digest: str) -> Pat
     return backup(stem).parent / f".attack_{dataset}_{label}_{digest}"
 
 
-def backup(stem: str | Path, dataset: str | None = None) -> Path:
-    """Where the data behind the table `stem` are kept: in the folder backup beside it."""
-    return Path(stem).parent / "backup" / (Path(stem).name + (f"_{dataset}" if dataset else "") + ".pt")
+def ablation(name: str) -> Path:
+    """An ablation's files without their endings."""
+    return RESULTS / f"ablation_{name}"
+
+
+def benchmark(machine: str) -> Path:
+    """What benchmarks/run.py measured."""
+    return RESULTS / f"benchmark_{machine}.json"
 
 
 def figure(notebook: str, *datasets: str) -> Path:
     """What a notebook draws, without .png or .pdf."""
     return FIGURES / "_".join((notebook, *datasets))
+
+
+def log_dir(dataset: str, label: str) -> Path:
+    """Of a training's TensorBoard scalars; another one for each run."""
+    return LOGS / dataset / f"{label}_{stamp()}"
+
+
+def stamp() -> str:
+    """The time, for names that are given none."""
+    return time.strftime("%Y%m%d-%H%M%S")

@@ -4,7 +4,7 @@ Every value says where it is from: [code] the published code, [Liang et al. 2018
 [ours] chosen here.  A value set on the command line replaces the one found here.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -14,9 +14,7 @@ class Dataset:
     channels: int | None       # None = whatever the folder holds
     size: int | None           # images are size x size; None = --image_size
     classes: int | None
-    arch: str                  # classifier of all methods but MCD and GAN                      [code]
-    arch_dropout: str          # the classifier of MCD                                          [code]
-    arch_gan: str              # the classifier of GAN                                          [code]
+    arch: str                  # classifier                                                     [code]
     optimizer: str             # "adam" at 1e-3 or "sgd" at 0.1, momentum 0.9                   [code]
     crop: int                  # padding of the random crop, 0 = no crop                        [code]
     pad_mode: str              # "constant", "edge" or "reflect"                                [code]
@@ -29,7 +27,7 @@ class Dataset:
 class Method:
     """Where a --train_type departs from its data set's way of training; None = it does not."""
 
-    network: str = "arch"      # which of the data set's classifiers: the name of a field of Dataset
+    arch: dict[str, str] = field(default_factory=dict)      # the data set's classifier -> the one in its place
     optimizer: str | None = None
     lr: float | None = None    # None = LR of the optimizer
     weight_decay: float | None = None
@@ -50,9 +48,9 @@ class TwoMoons:
 TWO_MOONS = TwoMoons()
 
 _GREY = dict(channels=1, size=28, classes=10, crop=2, pad_mode="constant", flip=False)
-_LENET = dict(arch="LeNet", arch_dropout="LeNetDropout", arch_gan="LeNet", optimizer="adam")
+_LENET = dict(arch="LeNet", optimizer="adam")
 _COLOUR = dict(channels=3, size=32)
-_RESNET = dict(arch="ResNet18", arch_dropout="VGG13", arch_gan="VGG13", optimizer="sgd")
+_RESNET = dict(arch="ResNet18", optimizer="sgd")
 NETWORKS = {"LeNet": _LENET, "ResNet18": _RESNET}     # --arch: in place of the data set's own
 _CIFAR = dict(crop=4, pad_mode="reflect", flip=True, **_COLOUR, **_RESNET)
 
@@ -120,8 +118,8 @@ METHODS = {
     "plain": Method(), "CEDA": Method(), "ACET": Method(), "CEDA_GMM": Method(), "DE": Method(),
     "OE": Method(optimizer="nesterov"),                                         # [Hendrycks et al. 2019]
     "EDL": Method(optimizer="adam"),                                            # [ours]
-    "MCD": Method(network="arch_dropout", optimizer="adam", lr=2e-4, weight_decay=0.0),            # [ours]
-    "GAN": Method(network="arch_gan", optimizer="adam", lr=2e-4),                  # [Lee et al. 2018, confident]
+    "MCD": Method({"LeNet": "LeNetDropout", "ResNet18": "VGG13"}, "adam", lr=2e-4, weight_decay=0.0),   # [code; ours]
+    "GAN": Method({"ResNet18": "VGG13"}, "adam", lr=2e-4),                 # [code; Lee et al. 2018, confident]
     "ODIN": Method(), "Maha": Method(),
 }
 OE_WEIGHT = 0.5          # of the cross-entropy to uniform                      [Hendrycks et al. 2019]

@@ -13,7 +13,6 @@ On two cores an epoch of MNIST takes about 40 s for plain and 70 s for CCU.  Ten
 """
 
 import shlex
-import sys
 import time
 from dataclasses import replace
 
@@ -26,7 +25,7 @@ from utils import checkpoints, cli, files, objectives, parallel, records
 from utils.batches import Augmentation
 from utils.calibration import calibrate
 from utils.data import load_in_dist
-from utils.errors import UserError
+from utils.errors import UserError, warn
 from utils.evaluation import doubts, evaluate, test_error
 from utils.out_data import load_out, resolve
 from utils.registry import check_fit, load_models
@@ -40,13 +39,11 @@ def main(args):
     device = cli.device(args.gpu)
     check(args)
     if args.amp and not cli.has_bf16(device):
-        print("warning: this machine only imitates bf16 arithmetic: training with --amp 1 is slower than without",
-              file=sys.stderr)
+        warn("this machine only imitates bf16 arithmetic: training with --amp 1 is slower than without")
     options = parser()
     if unused := cli.given(args, options, useless(args)):
         without = " without --fit_out 1" * (args.train_type == "ACET" and not args.fit_out)
-        print(f"warning: --train_type {args.train_type}{without} has no use for --{', --'.join(unused)}",
-              file=sys.stderr)
+        warn(f"--train_type {args.train_type}{without} has no use for --{', --'.join(unused)}")
         for name in unused:     # nor do the record and a table's notes say that it was trained with them
             setattr(args, name, options.get_default(name))
     label = args.label or model_paths.label(args.train_type, args.fit_out)
@@ -84,7 +81,7 @@ def main(args):
     files.lock(path)
     cli.keep_freed_memory()
     if path.exists() and parallel.rank() == 0:
-        print(f"warning: {path} is there and will be replaced; --label NAME keeps both", file=sys.stderr)
+        warn(f"{path} is there and will be replaced; --label NAME keeps both")
 
     model, history, seconds = fit(args, networks, data, out, base, mixtures)
     if parallel.rank() > 0:
@@ -110,6 +107,102 @@ def main(args):
     print(f"test error {error:.2f} %\nwrote {path} and {model_paths.run_record(path)}")
 
 
+def check(args) -> None:
+    """Refuse options that only make sense together; fill in use_gmm."""
+    ccu = args.train_type == "CEDA_GMM"
+    if args.use_gmm is None:
+        args.use_gmm = ccu
+    if args.use_gmm != ccu:
+        raise UserError("--use_gmm 1 and --train_type CEDA_GMM go together")
+    if args.fit_out and args.train_type not in ("CEDA_GMM", "ACET"):
+        raise UserError("--fit_out 1 goes with --train_type CEDA_GMM (CCU) or ACET")
+    if args.warmstart and args.train_type in ("MCD", "DE", *params.CALIBRATED):
+        raise UserError(f"--warmstart 1 starts one network from Base's weights: --train_type {args.train_type} has no "
+                        "use for them")
+    if args.gmm_path and not ccu:
+        raise UserError("--gmm_path goes with --train_type CEDA_GMM")
+
+
+def useless(args) -> list[str]:
+    """The options that this method has no use for."""
+    calibrated = args.train_type in params.CALIBRATED
+    names = ["out_dataset", "out_dir"] * (not objectives.takes_out_images(args.train_type, args.fit_out))
+    names += ["steps"] * (args.train_type != "ACET") + ["members"] * (args.train_type != "DE")
+    names += ["PCA", "metric", "n", "lr_gmm", "grad_vars"] * (args.train_type != "CEDA_GMM")
+    names += ["epochs", "amp", "lr", "decay", "arch"] * calibrated
+    names += ["loglam"] * (calibrated or args.train_type in ("OE", "EDL", "GAN"))
+    return names
+
+
+def fill_in(args) -> None:
+    """What params.py decides where no option does: recorded, so that --resume 1 notices an edit of it."""
+    defaults, method = params.DATASETS[args.dataset], params.METHODS[args.train_type]
+    if args.arch:
+        defaults = replace(defaults, **params.NETWORKS[args.arch])
+    args.network = method.arch.get(defaults.arch, defaults.arch)
+    args.optimizer = method.optimizer or defaults.optimizer
+    args.lr = first(args.lr, method.lr, params.LR[args.optimizer])
+    args.decay = first(args.decay, method.weight_decay, params.WEIGHT_DECAY)
+
+
+def load_mixtures(args, out_name):
+    """gmm_in, gmm_out and how they were fitted."""
+    name, n = cli.metric_name(args), first(args.n, params.CENTROIDS)
+    path = args.gmm_path or model_paths.mixtures(args.dataset, name, n, out_name)
+    gmm_in, gmm_out, meta = checkpoints.load_mixtures(path, (
+        "leave --gmm_path out, and " * bool(args.gmm_path)
+        + f"fit the mixtures: python gen_gmm.py --dataset {args.dataset} --data_dir {shlex.quote(args.data_dir)} --PCA "
+        f"{int(args.PCA)} --metric {args.metric} --n {n} --augm_flag {int(args.augm_flag)} "
+        f"--out_dataset {out_name}" + (f" --out_dir {shlex.quote(args.out_dir)}" if args.out_dir else "")
+        + f" --image_size {args.image_size}" * (args.dataset == "Folder")))
+    n = gmm_in.components if args.gmm_path and args.n is None else n
+    wanted_meta = {"dataset": args.dataset, "metric": name, "n": n, "out_dataset": out_name}
+    wanted_meta |= {key: wanted for key, wanted in cli.own_folders(args, out_name).items() if key in meta}
+    for key, wanted in wanted_meta.items():
+        if meta.get(key) != wanted:
+            raise UserError(f"{path} was fitted with {key} {meta.get(key)}, not {wanted}: run gen_gmm.py with the same "
+                            "options, or change them here")
+    if gmm_in.components != n or gmm_out.components != n:
+        raise UserError(f"{path} is damaged: it does not hold {n} centroids; run gen_gmm.py again")
+    if (augm_flag := meta.get("augm_flag", args.augm_flag)) != args.augm_flag:
+        warn(f"{path} was fitted with --augm_flag {int(augm_flag)}, and this training has --augm_flag "
+             f"{int(args.augm_flag)}: metric and densities are not those of the images that it trains on")
+    return gmm_in, gmm_out, meta
+
+
+def first(*values):
+    """The first that is given."""
+    return next(value for value in values if value is not None)
+
+
+def is_there(path, args, out_name, mixtures) -> bool:
+    """Whether the model is finished: trained with the same options, from the same mixtures."""
+    record = records.load(model_paths.run_record(path))
+    made = record.get("options", {}) | {"out_dataset": record.get("out_dataset")}
+    states = [model_paths.training_state(path, i) for i in (None, *range(args.members))]
+    if (record.get("mixtures") != (mixtures and mixtures[2]) or any(state.exists() for state in states)
+            or any(made.get(key) != value for key, value in decisive(args, out_name).items())):
+        return False
+    try:        # is the record this model's?
+        return checkpoints.load_model(path).meta.get("test_error") == record.get("test_error")
+    except UserError:       # none, or a damaged one
+        return False
+
+
+def decisive(args, out_name) -> dict:
+    """The options that decide a result; auto may mean another out-distribution by now."""
+    indifferent = {*records.INDIFFERENT, *useless(args), *["data_dir", "image_size"] * (args.dataset != "Folder")}
+    return {key: value for key, value in vars(args).items() if key not in indifferent} | {"out_dataset": out_name}
+
+
+def networks_of(args, label, path) -> list[tuple]:
+    """Seed, name and training state of each network that is trained; of DE's, seed 1 goes on where seed 0 ended."""
+    if args.train_type == "DE":
+        return [(args.seed * args.members + i, f"{label}.{i}", model_paths.training_state(path, i))
+                for i in range(args.members)]
+    return [(args.seed, label, model_paths.training_state(path))]
+
+
 def fit(args, networks, data, out, base, mixtures) -> tuple[Detector, list, float]:
     """The model, its history (an entry an epoch, of ODIN and Maha a setting; of DE a history a member), and seconds."""
     if args.train_type in params.CALIBRATED:
@@ -125,14 +218,6 @@ def fit(args, networks, data, out, base, mixtures) -> tuple[Detector, list, floa
     if args.train_type == "DE":
         return DE([member.base_model for member in trained]), list(histories), seconds
     return trained[0], histories[0], seconds
-
-
-def networks_of(args, label, path) -> list[tuple]:
-    """Seed, name and training state of each network that is trained; of DE's, seed 1 goes on where seed 0 ended."""
-    if args.train_type == "DE":
-        return [(args.seed * args.members + i, f"{label}.{i}", model_paths.training_state(path, i))
-                for i in range(args.members)]
-    return [(args.seed, label, model_paths.training_state(path))]
 
 
 def train_network(args, seed, name, state_path, data, out, base, mixtures) -> tuple[Detector, list[dict]]:
@@ -161,94 +246,6 @@ def train_network(args, seed, name, state_path, data, out, base, mixtures) -> tu
     if parallel.rank() == 0 and logs.exists():      # not where all epochs were there
         print(f"wrote {logs}/")
     return model, history
-
-
-def decisive(args, out_name) -> dict:
-    """The options that decide a result; auto may mean another out-distribution by now."""
-    indifferent = {*records.INDIFFERENT, *useless(args), *["data_dir", "image_size"] * (args.dataset != "Folder")}
-    return {key: value for key, value in vars(args).items() if key not in indifferent} | {"out_dataset": out_name}
-
-
-def is_there(path, args, out_name, mixtures) -> bool:
-    """Whether the model is finished: trained with the same options, from the same mixtures."""
-    record = records.load(model_paths.run_record(path))
-    made = record.get("options", {}) | {"out_dataset": record.get("out_dataset")}
-    states = [model_paths.training_state(path, i) for i in (None, *range(args.members))]
-    if (record.get("mixtures") != (mixtures and mixtures[2]) or any(state.exists() for state in states)
-            or any(made.get(key) != value for key, value in decisive(args, out_name).items())):
-        return False
-    try:        # is the record this model's?
-        return checkpoints.load_model(path).meta.get("test_error") == record.get("test_error")
-    except UserError:       # none, or a damaged one
-        return False
-
-
-def first(*values):
-    """The first that is given."""
-    return next(value for value in values if value is not None)
-
-
-def check(args) -> None:
-    """Refuse options that only make sense together; fill in use_gmm."""
-    ccu = args.train_type == "CEDA_GMM"
-    if args.use_gmm is None:
-        args.use_gmm = ccu
-    if args.use_gmm != ccu:
-        raise UserError("--use_gmm 1 and --train_type CEDA_GMM go together")
-    if args.fit_out and args.train_type not in ("CEDA_GMM", "ACET"):
-        raise UserError("--fit_out 1 goes with --train_type CEDA_GMM (CCU) or ACET")
-    if args.warmstart and args.train_type in ("MCD", "DE", *params.CALIBRATED):
-        raise UserError(f"--warmstart 1 starts one network from Base's weights: --train_type {args.train_type} has no "
-                        "use for them")
-    if args.gmm_path and not ccu:
-        raise UserError("--gmm_path goes with --train_type CEDA_GMM")
-
-
-def fill_in(args) -> None:
-    """What params.py decides where no option does: recorded, so that --resume 1 notices an edit of it."""
-    defaults, method = params.DATASETS[args.dataset], params.METHODS[args.train_type]
-    if args.arch:
-        defaults = replace(defaults, **params.NETWORKS[args.arch])
-    args.network, args.optimizer = getattr(defaults, method.network), method.optimizer or defaults.optimizer
-    args.lr = first(args.lr, method.lr, params.LR[args.optimizer])
-    args.decay = first(args.decay, method.weight_decay, params.WEIGHT_DECAY)
-
-
-def useless(args) -> list[str]:
-    """The options that this method has no use for."""
-    calibrated = args.train_type in params.CALIBRATED
-    names = ["out_dataset", "out_dir"] * (not objectives.takes_out_images(args.train_type, args.fit_out))
-    names += ["steps"] * (args.train_type != "ACET") + ["members"] * (args.train_type != "DE")
-    names += ["PCA", "metric", "n", "lr_gmm", "grad_vars"] * (args.train_type != "CEDA_GMM")
-    names += ["epochs", "amp", "lr", "decay", "arch"] * calibrated
-    names += ["loglam"] * (calibrated or args.train_type in ("OE", "EDL", "GAN"))
-    return names
-
-
-def load_mixtures(args, out_name):
-    """gmm_in, gmm_out and how they were fitted."""
-    name, n = cli.metric_name(args), first(args.n, params.CENTROIDS)
-    path = args.gmm_path or model_paths.mixtures(args.dataset, name, n, out_name)
-    gmm_in, gmm_out, meta = checkpoints.load_mixtures(path, (
-        "leave --gmm_path out, and " * bool(args.gmm_path)
-        + f"fit the mixtures: python gen_gmm.py --dataset {args.dataset} --data_dir {shlex.quote(args.data_dir)} --PCA "
-        f"{int(args.PCA)} --metric {args.metric} --n {n} --augm_flag {int(args.augm_flag)} "
-        f"--out_dataset {out_name}" + (f" --out_dir {shlex.quote(args.out_dir)}" if args.out_dir else "")
-        + f" --image_size {args.image_size}" * (args.dataset == "Folder")))
-    n = gmm_in.components if args.gmm_path and args.n is None else n
-    wanted_meta = {"dataset": args.dataset, "metric": name, "n": n, "out_dataset": out_name}
-    wanted_meta |= {key: wanted for key, wanted in cli.own_folders(args, out_name).items() if key in meta}
-    for key, wanted in wanted_meta.items():
-        if meta.get(key) != wanted:
-            raise UserError(f"{path} was fitted with {key} {meta.get(key)}, not {wanted}: run gen_gmm.py with the same "
-                            "options, or change them here")
-    if gmm_in.components != n or gmm_out.components != n:
-        raise UserError(f"{path} is damaged: it does not hold {n} centroids; run gen_gmm.py again")
-    if (augm_flag := meta.get("augm_flag", args.augm_flag)) != args.augm_flag:
-        print(f"warning: {path} was fitted with --augm_flag {int(augm_flag)}, and this training has --augm_flag "
-              f"{int(args.augm_flag)}: metric and densities are not those of the images that it trains on",
-              file=sys.stderr)
-    return gmm_in, gmm_out, meta
 
 
 def make_model(args, arch, seed, data, base, mixtures) -> Detector:

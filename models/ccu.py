@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.detectors import Detector
-from models.gmm import GMM, component_log_probs_z
+from models.gmm import GMM, component_log_probs
 
 
 class CCU(Detector):
@@ -32,11 +32,10 @@ class CCU(Detector):
 
     def log_densities(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """log p(x|i) [B] and log p(x|o) [B]."""
-        z = self.gmm_in.metric.transform(x)
         if self.gmm_out is None:
-            log_p_in = self.gmm_in.log_prob_z(z)
+            log_p_in = self.gmm_in.log_prob(x)
             return log_p_in, torch.zeros_like(log_p_in)
-        inside, outside = component_log_probs_z(z, self.gmm_in, self.gmm_out)
+        inside, outside = component_log_probs(x, self.gmm_in, self.gmm_out)
         return inside.logsumexp(1), outside.logsumexp(1)
 
     def log_memberships(self, log_p_in: Tensor, log_p_out: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,9 +47,9 @@ class CCU(Detector):
         log_odds = log_p_in - log_p_out - self.loglam
         return F.logsigmoid(log_odds), F.logsigmoid(-log_odds)
 
-    def posterior(self, log_softmax: Tensor, log_p_i: Tensor, log_p_o: Tensor) -> Tensor:
+    def posterior(self, log_softmax: Tensor, log_member_in: Tensor, log_member_out: Tensor) -> Tensor:
         """log p(y|x) = log( p(y|x,i) p(i|x) + p(o|x)/M ) [B, M], of log p(y|x,i) [B, M] and `log_memberships` [B]."""
-        return torch.logaddexp(log_softmax + log_p_i[:, None], log_p_o[:, None] - math.log(self.classes))
+        return torch.logaddexp(log_softmax + log_member_in[:, None], log_member_out[:, None] - math.log(self.classes))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.posterior(self.log_softmax(x), *self.log_memberships(*self.log_densities(x)))
@@ -62,6 +61,6 @@ class CCU(Detector):
         gradient 0; this one climbs the classifier's confidence and the log-density ratio, which is not flat there.
         """
         confidence = self.log_softmax(x).amax(1).exp()
-        log_p_i, _ = self.log_memberships(*self.log_densities(x))
+        log_member_in, _ = self.log_memberships(*self.log_densities(x))
         tiny = torch.finfo(confidence.dtype).eps / self.classes
-        return (confidence - 1 / self.classes).clamp_min(tiny).log() + log_p_i
+        return (confidence - 1 / self.classes).clamp_min(tiny).log() + log_member_in

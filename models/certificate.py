@@ -43,7 +43,7 @@ from torch import Tensor
 from models.ccu import CCU
 from models.gmm import squared_distances
 
-METHODS = ("paper", "tight")
+CERTIFICATES = ("paper", "tight")
 RADII = (0, 0.25, 0.5, 0.75, 1, 1.5)        # for which `mixed` weights are made, in distances to the nearest mu_k
 BLOCK = {"cpu": 2 ** 19, "cuda": 2 ** 24}   # numbers in a tensor: they fit a CPU's cache, keep a GPU busy
 RELATIVE = 1e-9                             # of certified_radius
@@ -270,8 +270,8 @@ def require_ccu(model) -> None:
 def blocks(ccu: CCU, x: Tensor, method: str, margin: float = 1.0) -> Iterator[tuple[slice, Balls]]:
     """Slices of the points x [B, ...], whose tensors have at most BLOCK numbers, and the balls around them."""
     D = ccu.gmm_in.metric.dim
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if method not in CERTIFICATES:
+        raise ValueError(f"method must be one of {', '.join(CERTIFICATES)}, got {method!r}")
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError("points must be a tensor of floating-point numbers, images in [0, 1]")
     if x.dim() < 2 or math.prod(x.shape[1:]) != D or not x.isfinite().all():

@@ -45,21 +45,13 @@ class GMM(nn.Module):
         """log(alpha_k c_k) [K]: each component's log-density at its own mean."""
         return log_norm(self.alpha, self.logvar, self.metric)
 
-    def component_log_prob_z(self, z: Tensor) -> Tensor:
-        """log(alpha_k N_k) [B, K] at coordinates z [B, D] of the metric."""
-        return component_log_probs_z(z, self)[0]
-
-    def log_prob_z(self, z: Tensor) -> Tensor:
-        """log p [B] at coordinates z [B, D] of the metric."""
-        return self.component_log_prob_z(z).logsumexp(1)
-
     def component_log_prob(self, x: Tensor) -> Tensor:
         """log(alpha_k N_k(x)) [B, K], weights included, for x [B, ...] in pixel space."""
-        return self.component_log_prob_z(self.metric.transform(x))
+        return component_log_probs(x, self)[0]
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x) [B] for x [B, ...] in pixel space."""
-        return self.log_prob_z(self.metric.transform(x))
+        return self.component_log_prob(x).logsumexp(1)
 
 
 def log_norm(alpha: Tensor, logvar: Tensor, metric: PCAMetric) -> Tensor:
@@ -67,11 +59,11 @@ def log_norm(alpha: Tensor, logvar: Tensor, metric: PCAMetric) -> Tensor:
     return alpha - metric.dim / 2 * (math.log(2 * math.pi) + logvar) - metric.log_det / 2
 
 
-def component_log_probs_z(z: Tensor, *mixtures: GMM) -> tuple[Tensor, ...]:
-    """GMM.component_log_prob_z of mixtures that share a metric; one matrix product for all of them."""
+def component_log_probs(x: Tensor, *mixtures: GMM) -> tuple[Tensor, ...]:
+    """`component_log_prob` of each of the mixtures, which share a metric; one matrix product serves them all."""
     metric = mixtures[0].metric
     mu, logvar, alpha = (torch.cat(parts) for parts in zip(*((gmm.mu, gmm.logvar, gmm.alpha) for gmm in mixtures),
                                                            strict=True))
-    d2 = squared_distances(z, metric.transform(mu))
+    d2 = squared_distances(metric.transform(x), metric.transform(mu))
     log_probs = torch.addcmul(log_norm(alpha, logvar, metric), d2, torch.exp(-logvar), value=-0.5)
     return log_probs.split([gmm.components for gmm in mixtures], 1)

@@ -77,7 +77,7 @@ def test_confidences_are_counted_from_uniform_to_certain():
 
 def test_worst_cases_show_the_samples_and_what_is_said_of_them():
     backup = attack_backup()
-    axes = np.array(drawn(plotting.worst_cases(backup, [3, 1], backups.with_confidence(backup)))).reshape(2, 3)
+    axes = np.array(drawn(plotting.worst_cases(backup, [3, 1]))).reshape(2, 3)
     for row, i in zip(axes, (3, 1), strict=True):
         shown = [ax.images[0].get_array() for ax in row]
         expected = [backup["seeds"][i], *(attacked["samples"][i] for attacked in backup["models"].values())]
@@ -88,15 +88,15 @@ def test_worst_cases_show_the_samples_and_what_is_said_of_them():
                                        f"{100 * base['score'][i].exp():.1f} %")
         assert row[2].get_xlabel() == f"class {i}\nscore {mcd['seed_score'][i]:.3g}\n→ {mcd['score'][i]:.3g}"
     base["score"][3] = torch.tensor(0.1).log()
-    ax = drawn(plotting.worst_cases(backup, [3], ["Base"]))[1]
+    ax = drawn(plotting.worst_cases(backup, [3]))[1]
     assert ax.get_xlabel() == f"no class\n{100 * base['seed_score'][3].exp():.1f} → 10.0 %"
-    ax = drawn(plotting.worst_cases(backup | {"classes": 12}, [3], ["Base"]))[1]
+    ax = drawn(plotting.worst_cases(backup | {"classes": 12}, [3]))[1]
     assert ax.get_xlabel().startswith("class 3\n")
     with pytest.raises(UserError, match="no seed 5: this attack has the seeds 0 to 4"):
-        plotting.worst_cases(backup, [0, 5], ["Base"])
+        plotting.worst_cases(backup, [0, 5])
     colour = attack_backup(1, ("Base",)) | {"seeds": torch.rand(1, 3, 4, 4)}
     colour["models"]["Base"]["samples"] = torch.rand(1, 3, 4, 4)
-    ax = drawn(plotting.worst_cases(colour, [0], ["Base"]))[1]
+    ax = drawn(plotting.worst_cases(colour, [0]))[1]
     np.testing.assert_array_equal(ax.images[0].get_array(),
                                   colour["models"]["Base"]["samples"][0].permute(1, 2, 0).numpy())
 

@@ -1,7 +1,6 @@
 """What the figures are made of: the files that the tables leave in results/backup (README: Backups)."""
 
 import contextlib
-import sys
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 import model_paths
 from models import Detector
 from utils import files, records
-from utils.errors import UserError
+from utils.errors import UserError, warn
 
 ATTACK, SCORES = "CCU attack, version 3", "CCU scores, version 2"        # of gen_attack_stats.py, of gen_eval.py
 KIND = {ATTACK: "attack on", SCORES: "scores for"}
@@ -36,7 +35,7 @@ def load(dataset: str, format: str, file: str | Path | None = None) -> dict:
         try:
             backup = files.load(path)
         except UserError as error:      # it may be of another data set
-            print(f"warning: {error}", file=sys.stderr)
+            warn(error)
             continue
         if isinstance(backup, dict) and (backup.get("format"), backup.get("dataset")) == (format, dataset):
             return backup
@@ -54,11 +53,6 @@ def check_replaceable(path: Path, format: str) -> None:
                         "choose another --output")
 
 
-def with_confidence(backup: dict) -> list[str]:
-    """Labels of the models whose score is a log-confidence."""
-    return [label for label, meta in backup["meta"].items() if meta["score_is_confidence"]]
-
-
 def meta_of(models: dict[str, Detector]) -> dict[str, dict]:
     """label -> how the model was made, for a backup."""
     return {label: model.meta | {"score_is_confidence": model.score_is_confidence} for label, model in models.items()}
@@ -74,8 +68,8 @@ def confidences(attack: dict, scores: dict) -> dict[str, dict[str, Tensor]]:
     """label -> set -> confidences [N], test set first and adversarial noise last, of the models in both backups."""
     sets: dict[str, dict[str, Tensor]] = {}
     both = "; ".join(command(format, attack["dataset"]) for format in (ATTACK, SCORES))
-    for label in with_confidence(attack):
-        if f"{label}/orig" not in scores["scores"]:
+    for label, meta in attack["meta"].items():
+        if not meta["score_is_confidence"] or f"{label}/orig" not in scores["scores"]:
             continue
         mine = {key.removeprefix(f"{label}/"): value for key, value in scores["scores"].items()
                 if key.startswith(f"{label}/")}

@@ -15,7 +15,7 @@ import torch
 
 import params
 from utils import files, parallel
-from utils.errors import UserError, check_name
+from utils.errors import UserError, check_name, warn
 from utils.out_data import KNOWN_OUT
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4       # of glibc's malloc.h
@@ -274,7 +274,7 @@ def run(main, parser: Parser, several: bool = False) -> None:
     args = parser.parse_args()
     try:
         with parallel.quiet(), warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+            warnings.showwarning = lambda message, *_: warn(message)
             if parallel.world_size() > 1 and not several:
                 raise UserError("runs in one process: start it with python, not with torchrun")
             if parallel.world_size() > 1 and args.download:

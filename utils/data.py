@@ -8,7 +8,6 @@ import gzip
 import math
 import os
 import struct
-import sys
 import zlib
 from http.client import HTTPException
 from pathlib import Path
@@ -20,7 +19,7 @@ from PIL import Image
 import params
 from utils import noise
 from utils.batches import ImageSet
-from utils.errors import MissingData, UserError, check_name
+from utils.errors import MissingData, UserError, check_name, warn
 from utils.images import is_grey, list_images, pixels, random_crops, read_images, sample_photo, shape_like
 from utils.torchvision_guard import datasets
 
@@ -94,7 +93,7 @@ def load_ood(name: str, like: ImageSet, data_dir: str | Path, download: bool = F
         images = shape_like(images, channels, size)
     else:
         images = shape_like(load_plain(name, "test", data_dir, download).images, channels, size)
-    if len(images) > count and n is not None:
+    if n is not None and len(images) > n:
         images = images[torch.from_numpy(rng.permutation(len(images))[:n])]
     return ImageSet(name, images, None, 0).to(like.images.device)
 
@@ -251,6 +250,6 @@ def _folder(split: str, root: Path, size: int) -> ImageSet:
         if split == "train":
             raise UserError(f"no image of {root}/train/{classes[empty[0]]} can be read: mend them, or remove the "
                             "folder")
-        print(f"warning: {root}/test has no images of {', '.join(classes[label] for label in empty[:5])}"
-              f"{', ...' * (len(empty) > 5)}: test errors and scores are of the other classes", file=sys.stderr)
+        warn(f"{root}/test has no images of {', '.join(classes[label] for label in empty[:5])}"
+             f"{', ...' * (len(empty) > 5)}: test errors and scores are of the other classes")
     return ImageSet("Folder", images, labels, len(classes), tuple(classes))

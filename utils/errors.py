@@ -1,6 +1,7 @@
 """The one kind of error that is the user's to mend."""
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -17,6 +18,11 @@ class UserError(Exception):
 
 class MissingData(UserError):
     """A data set is not on the machine; the line says how to get it."""
+
+
+def warn(message: object) -> None:
+    """One line on stderr, about what does not stop the work."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def check_name(name: str, known: Iterable[str], what: str) -> None:

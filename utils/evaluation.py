@@ -1,7 +1,6 @@
 """Scores of a model over a data set, and what the tables make of them."""
 
 import math
-import sys
 
 import numpy as np
 import torch
@@ -11,7 +10,7 @@ from tqdm import tqdm
 import params
 from models import CCU, Detector
 from utils.batches import ImageSet, batches
-from utils.errors import UserError
+from utils.errors import UserError, warn
 
 
 def full_precision():
@@ -61,7 +60,7 @@ def doubts(dataset: str, label: str, model: Detector, error: float, scores: Tens
                      "as of noise, and its AUC and SR suffer by it: train longer, on more images, or with fewer "
                      "centroids (--n)")
     for note in notes:
-        print(f"warning: {note}", file=sys.stderr)
+        warn(note)
     return notes
 
 

@@ -7,6 +7,7 @@ cancel.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -38,11 +39,20 @@ def kmeans_start(z: Tensor, K: int, seed: int, reg_covar: float) -> Fit:
     kmeans = KMeans(K, n_init=1, max_iter=params.KMEANS_STEPS, tol=params.KMEANS_TOL, random_state=seed)
     kmeans.fit(sample.cpu().numpy())
     centres = torch.as_tensor(kmeans.cluster_centers_, dtype=z.dtype, device=z.device)
-
-    def hard(d2):
-        return F.one_hot(d2.argmin(1), K).to(z.dtype), d2.new_zeros(len(d2))
-    means, variances, weights, _ = em_step(z, centres, hard, reg_covar)
+    means, variances, weights, _ = em_step(z, centres, hard_assignments, reg_covar)
     return Fit(means, variances, weights, [])
+
+
+def hard_assignments(d2: Tensor) -> tuple[Tensor, Tensor]:
+    """k-means': 1 for the nearest centre; no density."""
+    return F.one_hot(d2.argmin(1), d2.shape[1]).to(d2.dtype), d2.new_zeros(len(d2))
+
+
+def responsibilities(d2: Tensor, weights: Tensor, variances: Tensor, D: int) -> tuple[Tensor, Tensor]:
+    """p(k|z) [b, K] and log p(z) [b], of squared distances to the means [b, K], weights and variances [K]."""
+    log_joint = weights.log() - D / 2 * (2 * math.pi * variances).log() - d2 / (2 * variances)      # [b, K]
+    log_prob = log_joint.logsumexp(1)
+    return (log_joint - log_prob[:, None]).exp_(), log_prob
 
 
 def em(z: Tensor, start: Fit, reg_covar: float, update_weights: bool = False, tol: float = params.EM_TOL,
@@ -56,18 +66,12 @@ def em(z: Tensor, start: Fit, reg_covar: float, update_weights: bool = False, to
     log-likelihood of z) is called at every step, keep(fit) before it: started from this fit, EM continues bit for
     bit.
     """
-    D = z.shape[1]
     means, variances, weights = start.means, start.variances, start.weights
     log_likelihoods = list(start.log_likelihoods)
     for iteration in range(len(log_likelihoods), max_iter + 1):
         keep(Fit(means, variances, weights, log_likelihoods))
-        log_norm = weights.log() - D / 2 * (2 * math.pi * variances).log()
-
-        def responsibilities(d2, log_norm=log_norm, variances=variances):
-            log_joint = log_norm - d2 / (2 * variances)                         # [b, K]
-            log_prob = log_joint.logsumexp(1)
-            return (log_joint - log_prob[:, None]).exp_(), log_prob
-        new_means, new_variances, new_weights, log_likelihood = em_step(z, means, responsibilities, reg_covar)
+        e_step = partial(responsibilities, weights=weights, variances=variances, D=z.shape[1])
+        new_means, new_variances, new_weights, log_likelihood = em_step(z, means, e_step, reg_covar)
         progress(iteration, log_likelihood)
         log_likelihoods.append(log_likelihood)
         if iteration == max_iter or (iteration and abs(log_likelihood - log_likelihoods[-2]) < tol):
@@ -76,11 +80,11 @@ def em(z: Tensor, start: Fit, reg_covar: float, update_weights: bool = False, to
         weights = new_weights if update_weights else weights
 
 
-def em_step(z: Tensor, old_means: Tensor, responsibilities: Callable,
-            reg_covar: float) -> tuple[Tensor, Tensor, Tensor, float]:
+def em_step(z: Tensor, old_means: Tensor, e_step: Callable, reg_covar: float
+            ) -> tuple[Tensor, Tensor, Tensor, float]:
     """E-step and M-step: new means, variances and weights, and the mean log-density.
 
-    `responsibilities` maps squared distances to the old means [b, K] to responsibilities [b, K] and log-densities [b].
+    `e_step` maps squared distances to the old means [b, K] to responsibilities [b, K] and log-densities [b].
     Variances come from these distances, var = E d(z, old)^2 - |new - old|^2: E|z|^2 - |mean|^2 would cancel.
     """
     n, D = z.shape
@@ -92,7 +96,7 @@ def em_step(z: Tensor, old_means: Tensor, responsibilities: Callable,
     old2 = old_means.square().sum(1)
     for block in z.split(BLOCK):
         d2 = torch.addmm(old2, block, old_means.T, alpha=-2).add_(block.square().sum(1, keepdim=True)).clamp_min_(0)
-        r, log_prob = responsibilities(d2)                                                # [b, K], [b]
+        r, log_prob = e_step(d2)                                                # [b, K], [b]
         counts += r.sum(0, dtype=torch.float64)
         sums += r.T @ block
         spread += (r * d2).sum(0, dtype=torch.float64)

@@ -5,7 +5,6 @@ Resizing is bilinear with antialias everywhere (Pillow's BILINEAR); grey is Pill
 """
 
 import os
-import sys
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from utils.errors import MissingData, UserError
+from utils.errors import MissingData, UserError, warn
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")     # not EPS, which is a program
@@ -90,8 +89,7 @@ def read_images(paths: Sequence[Path], channels: int, size: int, crops: Sequence
         names = ", ".join(f"{paths[i]}{bad[i]}" for i in sorted(bad)[:5]) + (", ..." if len(bad) > 5 else "")
         if len(bad) == len(paths):
             raise UserError(f"none of the {len(paths)} images of {what} can be read: {names}")
-        print(f"warning: {len(bad)} of {len(paths)} images cannot be read and are left out: {names}",
-              file=sys.stderr)
+        warn(f"{len(bad)} of {len(paths)} images cannot be read and are left out: {names}")
         for i in bad:
             kept[starts[i]:ends[i]] = False
     return torch.from_numpy(out[kept] if bad else out), torch.from_numpy(kept)

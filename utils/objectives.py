@@ -149,14 +149,15 @@ class CEDA_GMM(Objective):
 
     def loss(self, model: CCU, x, y, z):
         images = torch.cat((x, z))
-        (log_p_i, log_p_o, likelihood, of_densities), log_softmax = side_by_side(
+        (memberships, likelihood, of_densities), log_softmax = side_by_side(
             images.device, lambda: self.densities(model, images, len(x)), lambda: model.log_softmax(images))
-        loss, scalars = combine(model.posterior(log_softmax, log_p_i, log_p_o), y, uniform_cross_entropy,
-                                self.p_in, self.p_out)
+        loss, scalars = combine(model.posterior(log_softmax, *memberships), y, uniform_cross_entropy, self.p_in,
+                                self.p_out)
         return loss - likelihood, scalars | of_densities
 
-    def densities(self, model: CCU, images: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """log p(i|x) and log p(o|x) of all images, the likelihood (the first n are in-images), and what to log."""
+    def densities(self, model: CCU, images: Tensor, n: int
+                  ) -> tuple[tuple[Tensor, Tensor], Tensor, dict[str, Tensor]]:
+        """`log_memberships` of all images, the likelihood (the first n are in-images), and what to log."""
         log_p_in, log_p_out = model.log_densities(images)
         log_density = torch.logaddexp(log_p_in + math.log(self.p_in), log_p_out + math.log(self.p_out))
         density_in, density_out = (part.mean() for part in log_density.split((n, len(images) - n)))
@@ -164,7 +165,8 @@ class CEDA_GMM(Objective):
                    "largest_var_in": model.gmm_in.logvar.detach().max().exp()}
         if model.gmm_out is not None:
             scalars["smallest_var_out"] = model.gmm_out.logvar.detach().min().exp()
-        return (*model.log_memberships(log_p_in, log_p_out), self.p_in * density_in + self.p_out * density_out, scalars)
+        likelihood = self.p_in * density_in + self.p_out * density_out
+        return model.log_memberships(log_p_in, log_p_out), likelihood, scalars
 
     @torch.no_grad()
     def constrain(self, model):

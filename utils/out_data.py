@@ -6,7 +6,6 @@ network was trained on.
 
 import hashlib
 import os
-import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -18,7 +17,7 @@ from numpy.random import Generator
 import params
 from utils.batches import ImageSet
 from utils.data import PLAIN, downloading, load_plain
-from utils.errors import MissingData, UserError, check_name
+from utils.errors import MissingData, UserError, check_name, warn
 from utils.images import list_images, random_crops, read_images, sample_photo, shape_like
 from utils.torchvision_guard import datasets
 
@@ -141,7 +140,7 @@ def _tiny_images(path: Path, split: str, n: int, shape: Shape, rng: Generator) -
         except (ValueError, OverflowError):
             raise UserError(f"{names} must hold whole numbers only, one a line") from None
     else:
-        print(f"{names} is not there: the images that are in CIFAR too are not left out", file=sys.stderr)
+        warn(f"{names} is not there: the images that are in CIFAR too are not left out")
     source = np.memmap(path, np.uint8, "r", shape=(length // 3072, 3, 32, 32))   # column by column
     return _gather(source, _draw(len(source), split, n, rng, excluded), (0, 1, 3, 2), shape)
 

@@ -80,11 +80,11 @@ def two_moons(grids: Mapping[str, tuple[Tensor, Tensor]], x: Tensor, y: Tensor) 
 
 
 @styled
-def worst_cases(backup: dict, rows: Sequence[int], is_confidence: Sequence[str]) -> Figure:
+def worst_cases(backup: dict, rows: Sequence[int]) -> Figure:
     """Figure 2: for each seed of `rows` the seed, and every method's worst image in the ball around it.
 
     Below the seed its radius; below an image its predicted class, unless all classes are equally likely, and the
-    score on the seed -> on the image: the confidence of the methods of `is_confidence`.
+    score on the seed -> on the image, as a confidence where it is one.
     """
     n = len(backup["seeds"])
     if missing := [row for row in rows if not 0 <= row < n]:
@@ -97,7 +97,7 @@ def worst_cases(backup: dict, rows: Sequence[int], is_confidence: Sequence[str])
         for ax, (label, attacked) in zip(row[1:], backup["models"].items(), strict=True):
             scores = [attacked[key][i].item() for key in ("seed_score", "score")]
             predicted = f"class {attacked['prediction'][i]}"
-            if label in is_confidence:
+            if backup["meta"][label]["score_is_confidence"]:
                 if math.isclose(scores[1], -math.log(backup["classes"]), abs_tol=1e-6):      # up to float32's rounding
                     predicted = "no class"
                 before, after = (f"{100 * torch.tensor(score).exp():.1f}" for score in scores)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 import params
 from models import CCU, Detector, certified_radius, confidence_bound
-from models.certificate import METHODS
+from models.certificate import CERTIFICATES
 from utils.errors import UserError
 from utils.region import distances
 
@@ -37,5 +37,5 @@ def walk(models: dict[str, Detector], label: str, image: Tensor, noise: Tensor, 
     to_noise = distances(metric, images, around)
     return Walk(images, distances(metric, images, image.expand_as(images)),
                 {name: model(images).amax(1).double().exp() for name, model in models.items()},
-                {method: confidence_bound(ccu, around, to_noise, method) for method in METHODS},
-                {method: certified_radius(ccu, images, params.RATIO, method) for method in METHODS})
+                {method: confidence_bound(ccu, around, to_noise, method) for method in CERTIFICATES},
+                {method: certified_radius(ccu, images, params.RATIO, method) for method in CERTIFICATES})
