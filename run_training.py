@@ -274,7 +274,7 @@ def make_model(args, arch, seed, data, base, mixtures) -> Detector:
 def parser() -> cli.Parser:
     p = cli.Parser(__doc__).dataset()
     p.add_argument("--train_type", required=True, choices=tuple(params.METHODS), metavar="T",
-                   help="plain (Base), CEDA, OE, ACET, CEDA_GMM (CCU, CCUs), MCD, EDL, DE, GAN, ODIN, Maha")
+                   help=", ".join(params.METHODS) + " (plain: the label Base; CEDA_GMM: CCU, CCUs)")
     p.metric().out_dataset().common()
     p.add_argument("--augm_flag", type=cli.flag, default=False, help="1 = augment the training images (0)")
     p.add_argument("--arch", choices=tuple(params.NETWORKS), metavar="A", help="LeNet (with Adam) or ResNet18 (with "
