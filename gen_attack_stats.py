@@ -35,7 +35,7 @@ from utils.data import KNOWN_OOD, load_in_dist, load_ood
 from utils.errors import UserError, warn
 from utils.out_data import load_out, resolve
 from utils.region import Coordinates
-from utils.registry import check_fit, load_ccu, load_models, name_untrained
+from utils.trained import check_fit, load_ccu, load_models, name_untrained
 
 BALLS = {True: "CCU", False: "CCUs"}        # --fit_out: whose certificate gives the radii
 
@@ -69,7 +69,7 @@ def main(args):
         tested = {label: evaluation.evaluate(model, on_device, at_once) for label, model in models.items()}
         for label, (log_p, scores_in) in tested.items():
             error = evaluation.test_error(log_p, on_device.labels)
-            notes += evaluation.doubts(dataset, label, models[label], error, scores_in, test.classes)
+            notes += evaluation.warn_of_doubts(dataset, label, models[label], error, scores_in, test.classes)
         chosen = torch.randperm(len(test), generator=torch.Generator().manual_seed(args.seed))[:params.ATTACK_IMAGES]
         images = test.floats(chosen)
         folders = {label: unit_folder(stem, dataset, label, model, ccu, seeds, images, args)

@@ -29,7 +29,7 @@ from utils.backups import SCORES, check_replaceable, meta_of
 from utils.data import load_in_dist, load_ood, load_ood_folder
 from utils.errors import MissingData, UserError, warn
 from utils.out_data import FIXED, load_out, one_holds
-from utils.registry import check_fit, load_models, name_untrained
+from utils.trained import check_fit, load_models, name_untrained
 
 
 def main(args):
@@ -61,7 +61,8 @@ def main(args):
     for label, model in models.items():
         log_p, scores[label, "orig"] = evaluation.evaluate(model, on_device, args.batch_size)
         test_errors[label] = evaluation.test_error(log_p, on_device.labels)
-        doubts += evaluation.doubts(args.dataset, label, model, test_errors[label], scores[label, "orig"], test.classes)
+        doubts += evaluation.warn_of_doubts(args.dataset, label, model, test_errors[label], scores[label, "orig"],
+                                            test.classes)
         for name, data in sets.items():
             _, scores[label, name] = evaluation.evaluate(model, data.to(device), args.batch_size)
         # not to stdout: who reads it may be gone, and nothing is written yet

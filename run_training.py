@@ -26,10 +26,10 @@ from utils.batches import Augmentation
 from utils.calibration import calibrate
 from utils.data import load_in_dist
 from utils.errors import UserError, warn
-from utils.evaluation import doubts, evaluate, test_error
+from utils.evaluation import evaluate, test_error, warn_of_doubts
 from utils.out_data import load_out, resolve
-from utils.registry import check_fit, load_models
 from utils.state import State
+from utils.trained import check_fit, load_models
 from utils.training import Settings, train
 
 TOLD = ("arch", "batch_size", "lr", "lr_gmm", "decay", "loglam", "grad_vars")     # as in gen_gmm.py
@@ -88,7 +88,7 @@ def main(args):
         return
     log_p, scores = evaluate(model.eval(), test, args.batch_size)
     error = test_error(log_p, test.labels)
-    doubts(args.dataset, label, model, error, scores, test.classes)
+    warn_of_doubts(args.dataset, label, model, error, scores, test.classes)
     meta = {"dataset": args.dataset, "label": label, "train_type": args.train_type, "out_dataset": out_name,
             "epochs": args.epochs, "seed": args.seed, "augm_flag": args.augm_flag, "amp": args.amp, "test_error": error,
             "mixtures": mixtures and mixtures[2], "class_names": list(data.class_names), "steps": args.steps,
@@ -145,6 +145,14 @@ def fill_in(args) -> None:
     args.decay = first(args.decay, method.weight_decay, params.WEIGHT_DECAY)
 
 
+def networks_of(args, label, path) -> list[tuple]:
+    """Seed, name and training state of each network that is trained; of DE's, seed 1 goes on where seed 0 ended."""
+    if args.train_type == "DE":
+        return [(args.seed * args.members + i, f"{label}.{i}", model_paths.training_state(path, i))
+                for i in range(args.members)]
+    return [(args.seed, label, model_paths.training_state(path))]
+
+
 def load_mixtures(args, out_name):
     """gmm_in, gmm_out and how they were fitted."""
     name, n = cli.metric_name(args), first(args.n, params.CENTROIDS)
@@ -195,14 +203,6 @@ def decisive(args, out_name) -> dict:
     return {key: value for key, value in vars(args).items() if key not in indifferent} | {"out_dataset": out_name}
 
 
-def networks_of(args, label, path) -> list[tuple]:
-    """Seed, name and training state of each network that is trained; of DE's, seed 1 goes on where seed 0 ended."""
-    if args.train_type == "DE":
-        return [(args.seed * args.members + i, f"{label}.{i}", model_paths.training_state(path, i))
-                for i in range(args.members)]
-    return [(args.seed, label, model_paths.training_state(path))]
-
-
 def fit(args, networks, data, out, base, mixtures) -> tuple[Detector, list, float]:
     """The model, its history (an entry an epoch, of ODIN and Maha a setting; of DE a history a member), and seconds."""
     if args.train_type in params.CALIBRATED:
@@ -228,8 +228,8 @@ def train_network(args, seed, name, state_path, data, out, base, mixtures) -> tu
     checkpoints.check_rebuilds(model)
     model = parallel.sync_batch_norms(model.to(device), device)
     objective = objectives.make(args.train_type, args.loglam, args.fit_out, args.steps, data.images)
-    settings = Settings(args.optimizer, args.lr, args.lr_gmm, args.decay, tuple(args.grad_vars), args.epochs,
-                        args.batch_size, seed)
+    settings = Settings(optimizer=args.optimizer, lr=args.lr, lr_gmm=args.lr_gmm, weight_decay=args.decay,
+                        grad_vars=tuple(args.grad_vars), epochs=args.epochs, batch_size=args.batch_size, seed=seed)
     augmentation = Augmentation.of(params.DATASETS[args.dataset]) if args.augm_flag else None
     options = decisive(args, out and out.name) | {      # a folder may have changed since
         "class_names": list(data.class_names),

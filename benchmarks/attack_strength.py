@@ -24,7 +24,7 @@ from utils.attack import score_and_gradient
 from utils.data import load_in_dist
 from utils.errors import UserError
 from utils.region import Coordinates, Region
-from utils.registry import check_fit, load_ccu, load_models
+from utils.trained import check_fit, load_ccu, load_models
 
 CHECKPOINTS = (10, 25, 50, 100)
 ROUNDING = 1e-6         # of a score in float32

@@ -749,7 +749,7 @@ def test_a_test_error_near_chance_is_named(work, capsys, monkeypatch):
     run_script(f"{TRAIN} EDL")
     assert warned(capsys, "Digits: EDL", "test error") and Path("checkpoints/Digits/EDL.pt").exists()
     base = load_model("checkpoints/Digits/Base.pt")
-    assert not utils.evaluation.doubts("x", "y", base, 40.0, torch.zeros(9), 2) and not warned(capsys, "x")
+    assert not utils.evaluation.warn_of_doubts("x", "y", base, 40.0, torch.zeros(9), 2) and not warned(capsys, "x")
 
 
 def test_a_ccu_that_takes_many_test_images_for_noise_is_named(work, capsys):

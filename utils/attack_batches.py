@@ -38,11 +38,12 @@ def attack_batch(label, model, coordinates, images, b, x, r, path, args, device)
         found = attack(model, coordinates, x.to(device), r.to(device), args.steps, args.restarts, args.alpha, generator,
                        points=args.points, progress=bar.update, state=state, images=images)
 
-    def of(function, images):
-        return torch.cat([function(part) for part in images.split(args.points)]).cpu()
+    def in_parts(function, x):
+        return torch.cat([function(part) for part in x.split(args.points)]).cpu()
     with torch.no_grad(), evaluation.full_precision():
-        unit = {"samples": found.samples.cpu(), "score": of(model.score, found.samples),
-                "prediction": of(model, found.samples).argmax(1), "seed_score": of(model.score, x.to(device))}
+        unit = {"samples": found.samples.cpu(), "score": in_parts(model.score, found.samples),
+                "prediction": in_parts(model, found.samples).argmax(1),
+                "seed_score": in_parts(model.score, x.to(device))}
     if bad := int((~unit["score"].isfinite()).sum()):
         raise UserError(f"{label}, batch {b + 1}: the score is NaN or infinite at all points that the attack tried "
                         f"around {bad} of {len(x)} seeds; leave {label} out of --models")

@@ -47,7 +47,7 @@ def test_error(log_p: Tensor, labels: Tensor) -> float:
     return 100 * (log_p.argmax(1) != labels).double().mean().item()
 
 
-def doubts(dataset: str, label: str, model: Detector, error: float, scores: Tensor, classes: int) -> list[str]:
+def warn_of_doubts(dataset: str, label: str, model: Detector, error: float, scores: Tensor, classes: int) -> list[str]:
     """Lines where a test error (%) is hardly better than that of guessing, or a CCU, whose confidence in noise is
     1/M, has hardly more in many test images: on stderr, and for a table's notes."""
     chance, notes = 100 * (1 - 1 / classes), []

@@ -278,7 +278,7 @@ OBJECTIVES = {"plain": Plain, "MCD": Plain, "DE": Plain, "CEDA": CEDA, "OE": OE,
               "EDL": EvidentialMSE, "GAN": GAN}
 
 
-def make(train_type: str, loglam: float, fit_out: bool, steps: int, images: torch.Tensor) -> Objective:
+def make(train_type: str, loglam: float, fit_out: bool, steps: int, images: Tensor) -> Objective:
     """The objective of --train_type; the GAN's networks are shaped like the training images [N, C, H, W]."""
     if train_type == "ACET":
         return ACET(loglam, steps, uniform=not fit_out)

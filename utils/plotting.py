@@ -23,7 +23,7 @@ from utils.walk import Walk
 
 BLACK, ORANGE, BLUE, GREEN, VERMILION, SKY, PURPLE, GREY = (
     "#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#999999")
-NETWORKS = [dict(color=BLUE, linestyle=":"), dict(color=PURPLE, linestyle=(0, (5, 1, 1, 1)))]
+LINES = [dict(color=BLUE, linestyle=":"), dict(color=PURPLE, linestyle=(0, (5, 1, 1, 1)))]
 BOUNDS = {"paper": dict(color=GREEN, linestyle="-."), "tight": dict(color=VERMILION, linestyle="--")}
 
 STYLE = {
@@ -183,7 +183,7 @@ def certificate(way: Walk, label: str, shown: int = 7) -> Figure:
     left, right = top.subplots(1, 2, width_ratios=(1.3, 1))
     d, end = way.distance.numpy(), way.distance[-1].item()
     chosen = torch.linspace(0, len(d) - 1, shown).round().int().tolist()
-    looks = dict(zip((name for name in way.confidence if name != label), cycle(NETWORKS)))
+    looks = dict(zip((name for name in way.confidence if name != label), cycle(LINES)))
     looks[label] = dict(color=BLACK, linewidth=2.4)
     for name, confidence in way.confidence.items():
         left.plot(d, confidence.numpy(), **looks[name], marker="o", markevery=chosen, markersize=3.5, label=name,
