@@ -66,10 +66,10 @@ def main(args):
         start = time.monotonic()
         on_device = test.to(device)     # a model that gives NaN is found before the attack, not after
         at_once = min(params.EVAL_BATCH_SIZE, args.points)
-        tested = {label: evaluation.evaluate(model, on_device, at_once) for label, model in models.items()}
-        for label, (log_p, scores_in) in tested.items():
-            error = evaluation.test_error(log_p, on_device.labels)
-            notes += evaluation.warn_of_doubts(dataset, label, models[label], error, scores_in, test.classes)
+        errors, scores_in = {}, {}
+        for label, model in models.items():
+            errors[label], scores_in[label], doubts = evaluation.evaluate_test(label, model, on_device, at_once)
+            notes += doubts
         chosen = torch.randperm(len(test), generator=torch.Generator().manual_seed(args.seed))[:params.ATTACK_IMAGES]
         images = test.floats(chosen)
         folders = {label: unit_folder(stem, dataset, label, model, ccu, seeds, images, args)
@@ -81,14 +81,13 @@ def main(args):
             continue
         result = {label: merge(paths) for label, paths in units.items()}
         for label, model in models.items():
-            log_p, scores_in = tested[label]
             if stuck := count_stuck(model, seeds, radii, result[label]):
                 notes.append(f"{dataset}: the attack on {label} gains nothing over {stuck} of {len(seeds)} seeds: the "
                              "score may have no gradient there; its MMC, SR and AUC say little")
                 warn(notes[-1])
-            rows[dataset, label] = statistics(model, log_p, scores_in, result[label]["score"], on_device.labels)
+            rows[dataset, label] = statistics(model, errors[label], scores_in[label], result[label]["score"])
             if args.certify:
-                rows[dataset, label] |= certify(model, seeds.to(device), radii, scores_in)
+                rows[dataset, label] |= certify(model, seeds.to(device), radii, scores_in[label])
                 if (bound := rows[dataset, label]["bound"]) is not None:
                     notes.append(f"{dataset}, {label}: MMC {rows[dataset, label]['MMC']:.4f} <= {bound:.4f} certified")
         notes.append(f"{dataset}: {describe_balls(args, radii)}")
@@ -99,7 +98,7 @@ def main(args):
             "format": ATTACK, "record": records.of(args, seconds=time.monotonic() - start),
             "dataset": dataset, "seeds": seeds, "radii": radii, "models": result,
             "meta": meta_of(models),
-            "scores_in": {label: scores_in.cpu() for label, (_, scores_in) in tested.items()},
+            "scores_in": {label: scores.cpu() for label, scores in scores_in.items()},
             "labels_in": test.labels.cpu(), "classes": test.classes}, backups[dataset]))
     if parallel.rank() > 0:
         return
@@ -174,9 +173,9 @@ def count_stuck(model, seeds, radii, result) -> int:
     return int(stuck.sum()) if stuck.sum() > len(seeds) / 2 else 0
 
 
-def statistics(model, log_p, scores_in, attacked, labels) -> dict:
+def statistics(model, error, scores_in, attacked) -> dict:
     attacked = attacked.to(scores_in.device)
-    return {"TE": evaluation.test_error(log_p, labels),
+    return {"TE": error,
             "MMC": evaluation.mmc(attacked) if model.score_is_confidence else None,
             "SR": evaluation.success_rate(attacked, scores_in), "AUC": evaluation.auroc(scores_in, attacked)}
 

@@ -13,7 +13,6 @@ in-distribution's test images (orig) there should be hardly any.
 """
 
 import contextlib
-import math
 import sys
 from pathlib import Path
 
@@ -59,10 +58,9 @@ def main(args):
 
     scores, test_errors, doubts = {}, {}, []
     for label, model in models.items():
-        log_p, scores[label, "orig"] = evaluation.evaluate(model, on_device, args.batch_size)
-        test_errors[label] = evaluation.test_error(log_p, on_device.labels)
-        doubts += evaluation.warn_of_doubts(args.dataset, label, model, test_errors[label], scores[label, "orig"],
-                                            test.classes)
+        test_errors[label], scores[label, "orig"], said = evaluation.evaluate_test(label, model, on_device,
+                                                                                   args.batch_size)
+        doubts += said
         for name, data in sets.items():
             _, scores[label, name] = evaluation.evaluate(model, data.to(device), args.batch_size)
         # not to stdout: who reads it may be gone, and nothing is written yet
@@ -162,8 +160,7 @@ def certificates(models, sets, scores) -> pd.DataFrame:
         for name in tqdm(names, desc=f"certificates of {label}", leave=False, disable=None):
             x = sets[name].floats()
             R[name] = {method: certified_radius(model, x, params.RATIO, method) for method in CERTIFICATES}
-        limit = math.log(params.RATIO / model.classes)
-        columns[label, "uncertain"] = [100 * (scores[label, name] <= limit).double().mean().item() for name in names]
+        columns[label, "uncertain"] = [evaluation.uncertain(scores[label, name], model.classes) for name in names]
         columns[label, "certified"] = [100 * (R[name]["tight"] > 0).double().mean().item() for name in names]
         for method in CERTIFICATES:
             columns[label, f"R {method}"] = [evaluation.median(R[name][method][R[name][method] > 0]) for name in names]

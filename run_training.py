@@ -26,7 +26,7 @@ from utils.batches import Augmentation
 from utils.calibration import calibrate
 from utils.data import load_in_dist
 from utils.errors import UserError, warn
-from utils.evaluation import evaluate, test_error, warn_of_doubts
+from utils.evaluation import evaluate_test
 from utils.out_data import load_out, resolve
 from utils.state import State
 from utils.trained import check_fit, load_models
@@ -86,9 +86,7 @@ def main(args):
     model, history, seconds = fit(args, networks, data, out, base, mixtures)
     if parallel.rank() > 0:
         return
-    log_p, scores = evaluate(model.eval(), test, args.batch_size)
-    error = test_error(log_p, test.labels)
-    warn_of_doubts(args.dataset, label, model, error, scores, test.classes)
+    error, _, _ = evaluate_test(label, model.eval(), test, args.batch_size)
     meta = {"dataset": args.dataset, "label": label, "train_type": args.train_type, "out_dataset": out_name,
             "epochs": args.epochs, "seed": args.seed, "augm_flag": args.augm_flag, "amp": args.amp, "test_error": error,
             "mixtures": mixtures and mixtures[2], "class_names": list(data.class_names), "steps": args.steps,
@@ -211,8 +209,9 @@ def fit(args, networks, data, out, base, mixtures) -> tuple[Detector, list, floa
     if not args.resume and parallel.rank() == 0:
         for _, _, state in networks:
             state.unlink(missing_ok=True)
-    trained, histories = zip(*(train_network(args, *network, data, out, base, mixtures) for network in networks),
-                             strict=True)
+    options = all_that_decides(args, data, out, base, mixtures)
+    trained, histories = zip(*(train_network(args, seed, name, State(path, options, args.resume), data, out, base,
+                                             mixtures) for seed, name, path in networks), strict=True)
     # the epochs' own times count those before an interruption too
     seconds = sum(epoch["seconds"] for epochs in histories for epoch in epochs)
     if args.train_type == "DE":
@@ -220,7 +219,19 @@ def fit(args, networks, data, out, base, mixtures) -> tuple[Detector, list, floa
     return trained[0], histories[0], seconds
 
 
-def train_network(args, seed, name, state_path, data, out, base, mixtures) -> tuple[Detector, list[dict]]:
+def all_that_decides(args, data, out, base, mixtures) -> dict:
+    """`decisive`, and what else a training must find again to go on: files may have changed since."""
+    options = decisive(args, out and out.name) | {
+        "class_names": list(data.class_names),
+        "images": f"of {files.digest(data.images, data.labels, out and out.images)}"}
+    if mixtures:
+        options["gmm_path"] = f"of {files.digest(*mixtures[:2])}"
+    if args.warmstart:
+        options["base"] = files.digest(base)
+    return options
+
+
+def train_network(args, seed, name, state, data, out, base, mixtures) -> tuple[Detector, list[dict]]:
     """One trained network and its history, an entry an epoch."""
     torch.manual_seed(seed)
     device = data.images.device
@@ -231,17 +242,9 @@ def train_network(args, seed, name, state_path, data, out, base, mixtures) -> tu
     settings = Settings(optimizer=args.optimizer, lr=args.lr, lr_gmm=args.lr_gmm, weight_decay=args.decay,
                         grad_vars=tuple(args.grad_vars), epochs=args.epochs, batch_size=args.batch_size, seed=seed)
     augmentation = Augmentation.of(params.DATASETS[args.dataset]) if args.augm_flag else None
-    options = decisive(args, out and out.name) | {      # a folder may have changed since
-        "class_names": list(data.class_names),
-        "images": f"of {files.digest(data.images, data.labels, out and out.images)}"}
-    if mixtures:
-        options["gmm_path"] = f"of {files.digest(*mixtures[:2])}"       # the file may have been written anew
-    if args.warmstart:
-        options["base"] = files.digest(base)
     logs = model_paths.log_dir(args.dataset, name)
     model.amp = args.amp
-    history = train(model, objective, data, out, augmentation, settings, State(state_path, options, args.resume), logs,
-                    name, args.verbose)
+    history = train(model, objective, data, out, augmentation, settings, state, logs, name, args.verbose)
     model.amp = False
     if parallel.rank() == 0 and logs.exists():      # not where all epochs were there
         print(f"wrote {logs}/")

@@ -48,7 +48,7 @@ def write_images(root, n, colours, seed, mode="RGB"):
 def killed(monkeypatch, run, command: str):
     """run(command), a training, killed before its checkpoint is written."""
     with monkeypatch.context() as patch:
-        patch.setattr("run_training.evaluate", lambda *args: 1 / 0)
+        patch.setattr("run_training.evaluate_test", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(command)
 

@@ -752,6 +752,16 @@ def test_a_test_error_near_chance_is_named(work, capsys, monkeypatch):
     assert not utils.evaluation.warn_of_doubts("x", "y", base, 40.0, torch.zeros(9), 2) and not warned(capsys, "x")
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-"])
+def test_a_stream_that_the_shell_has_closed(closed, tmp_path):
+    script = Path(__file__).parent.parent / "load_pretrained.py"
+    run = subprocess.run(f'"{sys.executable}" "{script}" --dataset MNIST --pretrained none.pt {closed}', shell=True,
+                         cwd=tmp_path, text=True, capture_output=True)
+    assert run.returncode == 2 and run.stdout == "" and not list(tmp_path.iterdir())
+    assert run.stderr == ("" if closed == "2>&-" else "load_pretrained.py: there is no file none.pt; give the authors' "
+                          "state dict\n")
+
+
 def test_a_ccu_that_takes_many_test_images_for_noise_is_named(work, capsys):
     """p(o) is so large that all images are taken for noise."""
     run_script(f"{EVAL} --models Base CCU --output t")

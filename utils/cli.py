@@ -265,9 +265,9 @@ def run(main, parser: Parser, several: bool = False) -> None:
     """
     # far from a centroid responsibilities are numbers below 1e-38, on which many processors are ten times slower
     torch.set_flush_denormal(True)
-    nowhere = open(os.devnull, "w")     # noqa: SIM115
     # None is what the shell has closed, >&-
-    sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
+    sys.stdout = sys.stdout or open(os.devnull, "w")        # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")        # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):     # a table's dash must not fail where there is no UTF-8
         stream.reconfigure(errors="replace")
     parallel.start()

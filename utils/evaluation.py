@@ -47,21 +47,32 @@ def test_error(log_p: Tensor, labels: Tensor) -> float:
     return 100 * (log_p.argmax(1) != labels).double().mean().item()
 
 
+def evaluate_test(label: str, model: Detector, test: ImageSet, batch_size: int) -> tuple[float, Tensor, list[str]]:
+    """Test error (%), scores [N] as `evaluate`'s, and the doubts that these raise, of which it warns."""
+    log_p, scores = evaluate(model, test, batch_size)
+    error = test_error(log_p, test.labels)
+    return error, scores, warn_of_doubts(test.name, label, model, error, scores, test.classes)
+
+
 def warn_of_doubts(dataset: str, label: str, model: Detector, error: float, scores: Tensor, classes: int) -> list[str]:
     """Lines where a test error (%) is hardly better than that of guessing, or a CCU, whose confidence in noise is
     1/M, has hardly more in many test images: on stderr, and for a table's notes."""
     chance, notes = 100 * (1 - 1 / classes), []
-    unsure = 100 * (scores <= math.log(params.RATIO / classes)).double().mean().item()
     if error > 0.9 * chance:
         notes.append(f"{dataset}: {label} has a test error of {error:.1f} %, guessing has {chance:.1f} %: it has "
                      "learnt nothing, or from other images")
-    if isinstance(model, CCU) and unsure > 10:
+    if isinstance(model, CCU) and (unsure := uncertain(scores, classes)) > 10:
         notes.append(f"{dataset}: {label} is at most {params.RATIO}/M confident of {unsure:.0f} % of the test images, "
                      "as of noise, and its AUC and SR suffer by it: train longer, on more images, or with fewer "
                      "centroids (--n)")
     for note in notes:
         warn(note)
     return notes
+
+
+def uncertain(scores: Tensor, classes: int) -> float:
+    """Percent of scores, log-confidences, that are at most log(RATIO/M)."""
+    return 100 * (scores <= math.log(params.RATIO / classes)).double().mean().item()
 
 
 def mmc(scores: Tensor) -> float:
