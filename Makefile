@@ -50,6 +50,7 @@ demo: $(INSTALLED)
 	@echo '  .venv/bin/python gen_attack_stats.py --datasets MNIST --wide_format 1 --fit_out 1'
 
 # --- both tables of a data set, from whatever is trained already ---------------------------------------------------
+# exec: what ends make ends the script, not a shell around it
 
 DATASET ?= Digits
 # empty: the epochs of params.py; Digits is there to be run on a laptop
@@ -87,22 +88,26 @@ tables: $(MODELS)/.table2 $(MODELS)/.table1
 stale = $(shell test -f $(1).csv && test ! $(1).csv -nt $(2) && test "$$(cat $(2) 2> /dev/null)" = "$(3)" || echo FORCE)
 TABLE1 := results/table1_$(DATASET)
 TABLE2 := results/table2_$(DATASET)
+# not where a model was replaced meanwhile
+stamp = @test -n "$$(find $(filter %.pt,$^) -newer $@.begun)" || echo '$(1)' > $@; rm $@.begun
 unquoted = $(subst ",,$(subst ',,$(1)))
 OF1 := $(strip $(strip $(LABELS)), $(STEPS) steps, $(RESTARTS) restarts $(call unquoted,$(FOLDER) $(subst --download 1,,$(ARGS))))
 OF2 := $(strip $(LABELS) $(call unquoted,$(DATA) $(EVAL_ARGS)))
 
 $(MODELS)/.table2: $(LABELS:%=$(MODELS)/%.pt) $(call stale,$(TABLE2),$(MODELS)/.table2,$(OF2)) | $(INSTALLED)
-	$(PY) gen_eval.py --dataset $(DATASET) --drop_mmc 0 $(DATA) $(call gpu,Base) --models $(LABELS) $(EVAL_ARGS) --output $(TABLE2)
-	@echo '$(OF2)' > $@
+	@touch $@.begun
+	exec $(PY) gen_eval.py --dataset $(DATASET) --drop_mmc 0 $(DATA) $(call gpu,Base) --models $(LABELS) $(EVAL_ARGS) --output $(TABLE2)
+	$(call stamp,$(OF2))
 
 $(MODELS)/.table1: $(sort $(LABELS:%=$(MODELS)/%.pt) $(MODELS)/CCU.pt) $(call stale,$(TABLE1),$(MODELS)/.table1,$(OF1)) | $(INSTALLED) $(if $(fetching),$(MODELS)/.table2)
-	$(PY) gen_attack_stats.py --datasets $(DATASET) --wide_format 1 --fit_out 1 $(DATA) $(call gpu,CCU) --models $(LABELS) --steps $(STEPS) --restarts $(RESTARTS) --resume 1 --output $(TABLE1)
-	@echo '$(OF1)' > $@
+	@touch $@.begun
+	exec $(PY) gen_attack_stats.py --datasets $(DATASET) --wide_format 1 --fit_out 1 $(DATA) $(call gpu,CCU) --models $(LABELS) --steps $(STEPS) --restarts $(RESTARTS) --resume 1 --output $(TABLE1)
+	$(call stamp,$(OF1))
 
 # written whole or not at all, and replaced only at the end: not for make to delete when it is interrupted
 .PRECIOUS: $(MODELS)/%.pt
 $(MODELS)/%.pt: | $(INSTALLED)
-	$(PY) run_training.py --dataset $(DATASET) $$($(PY) -c 'import model_paths; print(model_paths.options("$*"))') --augm_flag 1 $(if $(filter ODIN% Maha%,$*),,$(addprefix --epochs ,$(EPOCHS))) $(DATA) $(if $(filter $(NO_OUT),$*),,$(OUT)) $(call gpu,$*) --resume 1 $(ACET) $(TRAIN_ARGS)
+	exec $(PY) run_training.py --dataset $(DATASET) $$($(PY) -c 'import model_paths; print(model_paths.options("$*"))') --augm_flag 1 $(if $(filter ODIN% Maha%,$*),,$(addprefix --epochs ,$(EPOCHS))) $(DATA) $(if $(filter $(NO_OUT),$*),,$(OUT)) $(call gpu,$*) --resume 1 $(ACET) $(TRAIN_ARGS)
 
 # those that are there need no mixtures any more, and may be the authors'
 WAITING := $(sort CCU CCUs $(if $(fetching),$(LABELS),$(filter CCU%,$(LABELS))))
@@ -112,7 +117,7 @@ $(foreach label,$(sort ODIN Maha $(filter ODIN% Maha%,$(LABELS))),\
 
 # gen_gmm.py knows itself what is there
 mixtures: | $(INSTALLED)
-	$(PY) gen_gmm.py --dataset $(DATASET) --PCA 1 --augm_flag 1 $(DATA) $(OUT) $(call gpu,CCU) --resume 1 $(GMM_ARGS)
+	exec $(PY) gen_gmm.py --dataset $(DATASET) --PCA 1 --augm_flag 1 $(DATA) $(OUT) $(call gpu,CCU) --resume 1 $(GMM_ARGS)
 
 # with -j too, what draws on the tables waits for those that are made
 results figures: $(INSTALLED) $(filter tables,$(MAKECMDGOALS))

@@ -62,6 +62,8 @@ def from_authors(state: dict, dataset: params.Dataset) -> CCU:
         s = take(f"{name}.metric.singular_values", D)
         own = PCAMetric(take(f"{name}.metric.comp_vecs", D, D), s)
         agree(f"{name}.metric.singular_values_sqrt", take(f"{name}.metric.singular_values_sqrt", D), s.sqrt())
+        if metric is None and not torch.allclose(own.comp_vecs @ own.comp_vecs.T, torch.eye(D), atol=1e-3):
+            raise ValueError(f"{name}.metric.comp_vecs has rows that are not orthonormal")
         if metric is not None and not own.equals(metric):
             raise ValueError("mm.metric and mm_out.metric differ, and the certificate needs one metric")
         metric = metric or own
@@ -73,6 +75,8 @@ def from_authors(state: dict, dataset: params.Dataset) -> CCU:
         if abs(total := alpha.logsumexp(0).item()) > 1e-3:
             warn(f"the weights exp({name}.alpha) sum to {math.exp(total):.4g}, not to 1")
         gmms.append(GMM(mu, take(f"{name}.logvar", K), alpha, metric))
+    if gmms[1].logvar.min() <= gmms[0].logvar.max():
+        warn("not all variances of mm_out are above all of mm: far from the data the confidence need not fall to 1/M")
     agree("log_K", take("log_K"), torch.tensor(-math.log(dataset.classes)))
     loglam = take("loglam").item()
     if state:

@@ -64,6 +64,8 @@ def main(args):
     base = load_models(args.dataset, [base_label], device)[base_label] if args.warmstart or calibrated else None
     mixtures = load_mixtures(args, out_name) if args.use_gmm else None
     args.n = mixtures[0].components if mixtures else first(args.n, params.CENTROIDS)
+    files.lock(path)
+    parallel.barrier()      # none of several processes looks before: from here on no other run writes what is there
     if args.resume and not base and is_there(path, args, out_name, mixtures):
         print(f"{path} is there")
         return
@@ -78,7 +80,6 @@ def main(args):
         how_many = {"n": params.CALIBRATION_IMAGES} if calibrated else {
             "uses": args.epochs * len(data) * objectives.OBJECTIVES[args.train_type].out_batch_ratio}
         out = load_out(out_name, data, args.data_dir, args.out_dir, seed=args.seed, download=args.download, **how_many)
-    files.lock(path)
     cli.keep_freed_memory()
     if path.exists() and parallel.rank() == 0:
         warn(f"{path} is there and will be replaced; --label NAME keeps both")
@@ -97,9 +98,9 @@ def main(args):
         chosen = {name: getattr(model, name).item() for name in history[0] if name != "auroc"}
         meta |= chosen
         print(", ".join(f"{name} {value:.4g}" for name, value in chosen.items()))
+    # the record first: make asks for the model alone
+    files.write_json(model_paths.run_record(path), records.of(args, **meta, seconds=seconds, history=history))
     checkpoints.save_model(model, path, meta)
-    record = records.of(args, **meta, seconds=seconds, history=history)
-    files.write_json(model_paths.run_record(path), record)
     for _, _, state in networks:
         state.unlink(missing_ok=True)
     print(f"test error {error:.2f} %\nwrote {path} and {model_paths.run_record(path)}")

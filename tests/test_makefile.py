@@ -34,6 +34,7 @@ def planned(folder):
             (folder / f"checkpoints/Digits/{label}.pt").touch()
         run = subprocess.run(["make", "-n", target, *options], cwd=folder, text=True, capture_output=True)
         lines = [line for line in run.stdout.splitlines() if ".py" in line]
+        lines = [line.removeprefix("exec ") for line in lines]
         assert all(shlex.split(line)[0] == str(folder / ".venv/bin/python") for line in lines)
         steps = [line.split("options(\"")[1].split('"')[0] if "run_training.py" in line else
                  Path(shlex.split(line)[1]).stem for line in lines]
@@ -138,13 +139,46 @@ def test_tables_of_other_models_are_made_anew(planned, folder):
     assert planned("LABELS=Base CCU")[0] == ["gen_attack_stats"]
 
 
-def test_an_interrupt_leaves_the_model_that_has_just_been_written(planned, folder):
-    """make would delete it, as a target whose recipe did not end."""
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_model_replaced_during_the_work_leaves_the_tables_to_be_made_anew(replaced, planned, folder):
+    planned("LABELS=Base CCU", there=["Base", "CCU"])
+    then = time.time_ns() - HOUR
+    for path in (folder / "checkpoints/Digits").glob("*.pt"):
+        os.utime(path, ns=(then, then))
+    fake_python(folder, "test $1 = -c || mkdir -p results; case $1 in gen_eval.py) touch results/table2_Digits.csv;; "
+                "gen_attack_stats.py) touch results/table1_Digits.csv; sleep 0.1" + "; touch checkpoints/Digits/Base.pt"
+                * replaced + ";; esac")
+    run = subprocess.run(["make", "tables", "LABELS=Base CCU"], cwd=folder, text=True, capture_output=True)
+    assert run.returncode == 0, run.stderr
+    assert planned("LABELS=Base CCU")[0] == ["gen_eval", "gen_attack_stats"] * replaced
+    assert not list(folder.rglob("*.begun"))
+
+
+def test_what_ends_make_ends_its_training(planned, folder):
+    fake_python(folder, "test $1 = -c || { echo $$ > pid; exec sleep 60; }")
+    with subprocess.Popen(["make", "checkpoints/Digits/Base.pt"], cwd=folder, stdout=subprocess.DEVNULL,
+                          stderr=subprocess.DEVNULL) as make:
+        while not (folder / "pid").exists() or not (pid := (folder / "pid").read_text()):
+            assert make.poll() is None
+            time.sleep(0.01)
+        make.terminate()
+    with pytest.raises(ProcessLookupError):
+        for _ in range(2000):
+            os.kill(int(pid), 0)
+            time.sleep(0.01)
+
+
+def fake_python(folder, script):
     python = folder / ".venv/bin/python"
     python.parent.mkdir()
-    python.write_text("#!/bin/sh\ncase $1 in run_training.py) mkdir -p checkpoints/Digits; echo x > "
-                      "checkpoints/Digits/Base.pt; kill -INT 0;; esac\n")
+    python.write_text(f"#!/bin/sh\n{script}\n")
     python.chmod(0o755)
+
+
+def test_an_interrupt_leaves_the_model_that_has_just_been_written(planned, folder):
+    """make would delete it, as a target whose recipe did not end."""
+    fake_python(folder, "case $1 in run_training.py) mkdir -p checkpoints/Digits; echo x > checkpoints/Digits/Base.pt; "
+                "kill -INT 0;; esac")
     run = subprocess.run(["make", "checkpoints/Digits/Base.pt"], cwd=folder, text=True, capture_output=True,
                          start_new_session=True)
     assert run.returncode and (folder / "checkpoints/Digits/Base.pt").exists(), run.stderr

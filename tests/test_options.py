@@ -358,3 +358,9 @@ def test_in_and_out_images_are_augmented_when_asked(trained, tmp_path):
         assert (as_it_is == as_it_is[0]).all()
         still = (shifted == as_it_is[0]).all(1).float().mean()      # half of them, and a 25th of the others
         assert 0.3 < still < 0.75
+
+
+def test_a_home_folder_that_the_shell_left_alone(monkeypatch, tmp_path):
+    """bash does so behind --data_dir=."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cli.path("~/my data") == str(tmp_path / "my data") and cli.path("a/~") == "a/~"

@@ -133,6 +133,7 @@ def broken(change):
     ("mm.norm_const", lambda s: s["mm.norm_const"].add_(0.1)),
     ("metric", lambda s: s.update({"mm_out.metric.comp_vecs": torch.eye(784)})),
     ("singular_values_sqrt", lambda s: s["mm.metric.singular_values_sqrt"].mul_(1.001)),
+    ("mm.metric.comp_vecs .* not orthonormal", lambda s: s["mm.metric.comp_vecs"].mul_(2)),
     ("not finite", lambda s: s["mm.mu"].fill_(math.nan)),
     ("log_K", lambda s: s.update(log_K=torch.tensor(-math.log(100)))),
 ])
@@ -144,6 +145,12 @@ def test_wrong_state_dicts_are_refused_by_name(culprit, change):
 def test_weights_that_do_not_sum_to_one_are_named(capsys):
     load_pretrained.from_authors(broken(lambda s: s["mm_out.alpha"].add_(math.log(2))), params.DATASETS["MNIST"])
     assert capsys.readouterr().err == "warning: the weights exp(mm_out.alpha) sum to 2, not to 1\n"
+
+
+def test_mixtures_for_which_the_theorem_does_not_hold_are_named(capsys):
+    load_pretrained.from_authors(broken(lambda s: s["mm_out.logvar"][3:4].copy_(s["mm.logvar"].max())),
+                                 params.DATASETS["MNIST"])
+    assert "not all variances of mm_out are above all of mm" in capsys.readouterr().err
 
 
 def test_an_existing_checkpoint_is_kept(tmp_path, monkeypatch, capsys):

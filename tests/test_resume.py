@@ -190,3 +190,31 @@ def test_an_attack_writes_beside_its_table_alone(work, attacks):
     Path("results").write_text("nothing can be written here")
     run_script("gen_attack_stats.py --datasets Digits --fit_out 1 --batches 1 --batch_size 2 --output out/t")
     assert sorted(path.name for path in Path("out").rglob("*")) == ["backup", "t.csv", "t.txt", "t_Digits.pt"]
+
+
+def test_a_model_that_another_run_is_still_making_is_not_trained_again(work, capsys):
+    """It may be finished by the time the data is loaded."""
+    command = "run_training.py --dataset Digits --train_type plain --epochs 1 --resume 1 --label X"
+    run_script(command)
+    with Path("checkpoints/Digits/.X.pt.lock").open("w") as other:
+        files._lock(other.fileno())
+        with pytest.raises(SystemExit) as stop:
+            run_script(command)
+    assert stop.value.code == 2 and "is being made" in capsys.readouterr().err
+    run_script(command)         # the lock of a run that was killed
+    assert "X.pt is there" in capsys.readouterr().out and not list(Path().rglob("*.lock"))
+
+
+def test_a_training_killed_at_its_end_lacks_no_record(work, monkeypatch):
+    """make runs it again only where there is no model."""
+    command = "run_training.py --dataset Digits --train_type plain --epochs 1 --label X"
+    save, record = checkpoints.save_model, model_paths.run_record(Path("checkpoints/Digits/X.pt"))
+
+    def kill(*args):
+        save(*args)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(checkpoints, "save_model", kill)
+    with pytest.raises(SystemExit):
+        run_script(command)
+    error = json.loads(record.read_text())["test_error"]
+    assert error == load_model("checkpoints/Digits/X.pt").meta["test_error"]

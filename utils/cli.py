@@ -147,6 +147,7 @@ def path(text: str) -> str:
     cannot be looked at, too long or not permitted, for one where nothing is."""
     if not text:        # a variable of the shell that is not set
         raise argparse.ArgumentTypeError("an empty path")
+    text = os.path.expanduser(text)     # the shell leaves --data_dir=~/data as it is
     try:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.stat(text)
@@ -311,6 +312,8 @@ def to_mend(error: Exception) -> str | None:
         return "out of memory: choose a smaller --batch_size (of an attack: --points), or fewer images or centroids"
     if "Expected more than 1 value per channel" in str(error):
         return "these images are so small that a batch norm needs more than one: choose a larger --batch_size"
+    if parallel.world_size() > 1 and "by peer" in str(error):       # gloo's words where the other was killed
+        return "another process of this run has ended: its own message, or torchrun's report, says why"
     # files.write reports a full disk itself; TensorBoard's logs are left
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM,
                                                       errno.ENAMETOOLONG):

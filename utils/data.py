@@ -8,6 +8,7 @@ import gzip
 import math
 import os
 import struct
+import tempfile
 import zlib
 from http.client import HTTPException
 from pathlib import Path
@@ -160,7 +161,7 @@ def _idx(name: str, split: str, data_dir: Path, download: bool) -> ImageSet:
 def read_idx(path: Path, dims: int) -> np.ndarray:
     """The uint8 array in an IDX file, plain or .gz; UserError names an empty, cut or wrong file."""
     def stop(reason: str) -> UserError:
-        return UserError(f"{path} is no whole IDX file of {dims} dimension(s) ({reason}): fetch it again")
+        return UserError(f"{path} is no whole IDX file of {dims} dimension(s) ({reason}): delete it, fetch it again")
 
     gz = path.suffix == ".gz"
     length = path.stat().st_size
@@ -206,20 +207,25 @@ def _colour(name: str, split: str, data_dir: Path, download: bool) -> ImageSet:
 
 
 def _download(name: str, data_dir: Path, cls: str, **kwargs) -> None:
-    with downloading(name, _HOW[name].format(dir=data_dir), data_dir / cls / "raw", data_dir / cls, data_dir):
-        getattr(datasets(), cls)(str(data_dir), download=True, **kwargs)
+    with downloading(name, _HOW[name].format(dir=data_dir), data_dir) as folder:
+        getattr(datasets(), cls)(folder, download=True, **kwargs)
 
 
 @contextlib.contextmanager
-def downloading(name: str, how: str, *folders: Path):
-    """A failure within becomes a MissingData that names the other ways, `how`, and those of `folders` (the innermost
-    first) that it left empty are removed."""
+def downloading(name: str, how: str, data_dir: Path):
+    """A folder to download into; what is in it at the end goes to data_dir: all or nothing.  A failure within becomes a
+    MissingData that names the other ways, `how`; a data_dir that it left empty is removed."""
     try:
-        yield
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=data_dir.absolute(), prefix=f".{name}.") as folder:
+            yield folder
+            for path in [path for path in Path(folder).rglob("*") if path.is_file()]:
+                target = data_dir / path.relative_to(folder)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, target)
     except (ImportError, OSError, HTTPException, RuntimeError, EOFError) as error:
-        for folder in folders:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+        with contextlib.suppress(OSError):
+            data_dir.rmdir()
         reason = " ".join(str(error).split())[:200]
         how = how.removeprefix("give --download 1, or ")
         raise MissingData(f"{name} cannot be downloaded ({reason}): {how}") from None
@@ -237,13 +243,18 @@ def _folder(split: str, root: Path, size: int) -> ImageSet:
     if alien := sorted(set(found) - set(classes)):
         raise UserError(f"{root}/test has classes that {root}/train has not: {', '.join(alien[:5])}; remove them, give "
                         "training images of them, or take them for an OOD set, gen_eval.py --ood NAME=FOLDER")
-    channels = 1 if all(map(is_grey, list_images(root / "train"))) else 3
-    files = []
-    for label, c in enumerate(classes):
-        with contextlib.suppress(MissingData):      # a class without images is named below
-            files += [(path, label) for path in list_images(root / split / c)]
+
+    def labelled(part: str) -> list[tuple[Path, int]]:
+        files = []
+        for label, c in enumerate(classes):
+            with contextlib.suppress(MissingData):      # a class without images is named below
+                files += [(path, label) for path in list_images(root / part / c)]
+        return files
+
+    files = labelled(split)
     if not files:
         raise UserError(f"{root / split} has no class folders with images: put them into {root / split}/<class>/")
+    channels = 1 if all(is_grey(path) for path, _ in labelled("train")) else 3
     images, kept = read_images([path for path, _ in files], channels, size, what=str(root / split))
     labels = torch.tensor([label for _, label in files])[kept]
     if empty := sorted(set(range(len(classes))) - set(labels.tolist())):

@@ -25,7 +25,7 @@ except ImportError:     # Windows: no locks
     fcntl = None
 
 LARGEST = 4 * 2 ** 30   # bytes; the metric of a Folder at 64x64x3 alone has 0.6 GB
-ABANDONED = 10.0        # seconds after which a temporary file that nobody has locked is a killed run's
+ABANDONED = 1.0         # seconds after which a temporary file that nobody has locked is a killed run's
 _held: dict[Path, tuple[int, list[Path]]] = {}     # lock file -> its descriptor, folders made for it
 
 

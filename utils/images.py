@@ -22,6 +22,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", 
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")     # not EPS, which is a program
 GREY_MODES = ("1", "L", "LA", "I;16", "I", "F")
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)     # what is too large is named below
+warnings.filterwarnings("ignore", "Palette images with Transparency")   # which is left out
 
 
 def list_images(path: str | Path) -> list[Path]:
@@ -67,13 +68,16 @@ def read_images(paths: Sequence[Path], channels: int, size: int, crops: Sequence
         try:
             with Image.open(paths[i], formats=FORMATS) as image:
                 if image.width * image.height > Image.MAX_IMAGE_PIXELS:     # Pillow itself only warns
-                    bad[i] = f" (above {Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels: scale it down)"
-                    return
+                    raise Image.DecompressionBombError      # as Pillow does above twice as many
                 if crops[i] is not None:   # a big JPEG may be decoded at a fraction of its size
                     image.draft(None, (8 * size, 8 * size))
                 image = _decode(image, channels)
             out[starts[i]:ends[i]] = (random_crops(image, crops[i], size) if crops[i] is not None else
                                       pixels(ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)))
+        except Image.DecompressionBombError:
+            bad[i] = f" (above {Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels: scale it down)"
+        except UserError as error:      # of _decode
+            bad[i] = f" ({error})"
         except Exception:   # decoders raise a dozen kinds of errors on damaged files
             bad[i] = ""
 
@@ -131,11 +135,12 @@ def sample_photo(name: str, channels: int) -> Image.Image:
 
 
 def _decode(image: Image.Image, channels: int) -> Image.Image:
-    """Upright, 8 bits, grey ("L") or colour ("RGB")."""
-    if image.mode in ("I", "F"):
-        raise ValueError("32 bits, whose white is anybody's guess")
+    """Upright, 8 bits, grey ("L") or colour ("RGB"); UserError for 32 bits."""
+    deep = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
+    if image.mode in ("I", "F") and not deep:
+        raise UserError("32 bits, whose white is anybody's guess: save it with 8 or 16")
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):   # Pillow would cut 16 bits off at 255
+    if deep:        # Pillow would cut 16 bits off at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("L" if channels == 1 else "RGB")
 

@@ -6,7 +6,6 @@ network was trained on.
 
 import hashlib
 import os
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -118,14 +117,11 @@ def _gather(source: np.ndarray, index: np.ndarray, axes: tuple[int, ...], shape:
 
 
 def _download(path: Path) -> None:
-    """300K Random Images from where pytorch-ood has them, with its checksum; whole or not at all."""
-    with downloading("RandomImages300k", _HOW["RandomImages300k"].format(dir=path.parent), path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-            download_url = datasets().utils.download_url        # pytorch-ood imports torchvision
-            from pytorch_ood.dataset.img import TinyImages300k
-            download_url(TinyImages300k.url, folder, path.name, TinyImages300k.md5)
-            os.replace(Path(folder, path.name), path)
+    """300K Random Images from where pytorch-ood has them, with its checksum."""
+    with downloading("RandomImages300k", _HOW["RandomImages300k"].format(dir=path.parent), path.parent) as folder:
+        download_url = datasets().utils.download_url        # pytorch-ood imports torchvision
+        from pytorch_ood.dataset.img import TinyImages300k
+        download_url(TinyImages300k.url, folder, path.name, TinyImages300k.md5)
 
 
 def _tiny_images(path: Path, split: str, n: int, shape: Shape, rng: Generator) -> torch.Tensor:
@@ -179,7 +175,7 @@ def _folder(out_dir: str | Path | None, split: str, n: int, shape: Shape, rng: G
 def _hash(path: Path) -> bytes:
     """Orders photos at random, so that no class folder is held out as a whole, and for good: those already there
     hardly change their part when others are added."""
-    return hashlib.sha256(path.as_posix().encode()).digest()
+    return hashlib.sha256(os.fsencode(path.as_posix())).digest()
 
 
 def _photo(split: str, n: int, shape: Shape, rng: Generator) -> torch.Tensor:
