@@ -14,14 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import model_paths
-from utils import cli, files
+from utils import cli, files, plotting
 from utils.errors import UserError
 
 NOTEBOOKS = Path(__file__).parent / "notebooks"
 
 
 def main(args):
-    files.check_writable(model_paths.figure("Figure1_TwoMoons"))
+    files.check_writable(*plotting.files_of(model_paths.figure("Figure1_TwoMoons")))
     draw("Figure1_TwoMoons")
     drawn = [d for d in args.datasets if draw("Figure2_Samples", dataset=d)]
     if drawn:       # the others are named already
@@ -59,6 +59,8 @@ def run(name: str, values: dict) -> str:
         try:
             client.execute(env=os.environ | {"PYTHONPATH": path})
         finally:
+            for line in dict.fromkeys(printed(notebook, "stderr").splitlines(keepends=True)):       # warnings
+                print(line, end="", file=sys.stderr)
             ended.set()
     with ThreadPoolExecutor(1) as pool:     # in the main thread nbclient would take Ctrl-C over, and only print errors
         try:
@@ -73,8 +75,12 @@ def run(name: str, values: dict) -> str:
             if not ended.is_set():
                 client.km.provisioner.process.kill()
             raise
+    return printed(notebook, "stdout")
+
+
+def printed(notebook, stream: str) -> str:
     return "".join(output.text for cell in notebook.cells for output in cell.get("outputs", ())
-                   if output.output_type == "stream" and output.name == "stdout")
+                   if output.output_type == "stream" and output.name == stream)
 
 
 def parser() -> cli.Parser:

@@ -76,6 +76,17 @@ def test_what_is_missing_is_one_line_and_the_rest_is_drawn(tmp_path, monkeypatch
                                         ("Figure2_Samples", "Confidences", "Confidences", "Certificate")]
 
 
+def test_what_a_notebook_warns_of_is_said(backups_run, monkeypatch, capsys):
+    monkeypatch.chdir(backups_run)
+    damaged = backups_run / "results/backup/newest_Digits.pt"
+    damaged.write_bytes(b"")
+    try:
+        gen_figures.run("Confidences", {})
+    finally:
+        damaged.unlink()
+    assert capsys.readouterr().err.count("newest_Digits.pt is damaged") == 1
+
+
 def test_ctrl_c_ends_a_notebook_in_one_line(tmp_path):
     run = subprocess.Popen([sys.executable, gen_figures.__file__, "--datasets", "Digits"], cwd=tmp_path, text=True,
                            env=os.environ | {"TMPDIR": str(tmp_path)}, stderr=subprocess.PIPE,
@@ -88,8 +99,13 @@ def test_ctrl_c_ends_a_notebook_in_one_line(tmp_path):
 
 def test_figures_that_could_not_be_written_are_not_drawn(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "results").write_text("a file")
     monkeypatch.setattr(gen_figures, "run", lambda *_: pytest.fail("was drawn"))
-    with pytest.raises(SystemExit) as stop:
-        run_script("gen_figures.py --datasets Digits")
-    assert stop.value.code == 2 and "results is not a folder" in capsys.readouterr().err
+    for blocked, reason in (("results/figures/Figure1_TwoMoons.pdf/x", "it is a folder"),
+                            ("results", "results is not a folder")):
+        path = tmp_path / blocked
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("a file")
+        with pytest.raises(SystemExit) as stop:
+            run_script("gen_figures.py --datasets Digits")
+        assert stop.value.code == 2 and reason in capsys.readouterr().err
+        shutil.rmtree(tmp_path / "results", ignore_errors=True)

@@ -94,6 +94,16 @@ def test_worst_cases_show_the_samples_and_what_is_said_of_them():
     assert ax.get_xlabel().startswith("class 3\n")
     with pytest.raises(UserError, match="no seed 5: this attack has the seeds 0 to 4"):
         plotting.worst_cases(backup, [0, 5])
+    labels = [f"a method of seed {i}" for i in range(13)]
+    many = attack_backup(3, labels)
+    axes = np.array(drawn(plotting.worst_cases(many, [2, 0]))).reshape(2, 2, 8)     # block, seed, image
+    titles = [ax.get_title().replace("\n", " ") for ax in axes[:, 0, 1:].flat]
+    assert titles == [*labels, ""] and not any(ax.get_title() for ax in axes[:, 1].flat)
+    for (block, row, k), ax in np.ndenumerate(axes[:, :, 1:]):
+        assert ax.axison == (block * 7 + k < 13)
+        if ax.axison:
+            expected = many["models"][labels[block * 7 + k]]["samples"][(2, 0)[row], 0]
+            assert (ax.images[0].get_array() == expected.numpy()).all()
     colour = attack_backup(1, ("Base",)) | {"seeds": torch.rand(1, 3, 4, 4)}
     colour["models"]["Base"]["samples"] = torch.rand(1, 3, 4, 4)
     ax = drawn(plotting.worst_cases(colour, [0]))[1]
@@ -141,6 +151,19 @@ def test_the_way_from_an_image_to_noise():
     assert len(pictures) == 5 and f"CCU {100 * confidence[-1]:.1f}" in pictures[-1].get_xlabel()
     with pytest.raises(UserError, match="Base is no CCU"):
         walk({"Base": Softmax(ccu.base_model)}, "Base", start, noise)
+    base = Softmax(ccu.base_model)
+    four = walk({**dict.fromkeys("abcd", base), "CCU": ccu}, "CCU", start, noise, 40)
+    fig = plotting.certificate(four, "CCU", 5)
+    fig.draw_without_rendering()
+    left = fig.axes[0]
+    assert len({(line.get_color(), line.get_linestyle()) for line in left.lines}) == 7
+    legend = fig.subfigs[0].legends[0].get_window_extent()
+    assert fig.bbox.x0 <= legend.x0 < legend.x1 <= fig.bbox.x1
+    with pytest.raises(UserError, match="at most 4"):
+        plotting.certificate(walk({**dict.fromkeys("abcde", base), "CCU": ccu}, "CCU", start, noise, 40), "CCU")
+    base.score_is_confidence = False
+    with pytest.raises(UserError, match="score of MCD is no confidence"):
+        walk({"MCD": base, "CCU": ccu}, "CCU", start, noise)
 
 
 def test_two_moons():

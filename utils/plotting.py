@@ -6,8 +6,8 @@ their lightness, so that a grey print can be read.
 
 import io
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
-from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -23,7 +23,8 @@ from utils.walk import Walk
 
 BLACK, ORANGE, BLUE, GREEN, VERMILION, SKY, PURPLE, GREY = (
     "#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#999999")
-LINES = [dict(color=BLUE, linestyle=":"), dict(color=PURPLE, linestyle=(0, (5, 1, 1, 1)))]
+LINES = [dict(color=BLUE, linestyle=":"), dict(color=PURPLE, linestyle=(0, (5, 1, 1, 1))),
+         dict(color=ORANGE, linestyle=(0, (3, 1))), dict(color=SKY, linestyle="-")]
 BOUNDS = {"paper": dict(color=GREEN, linestyle="-."), "tight": dict(color=VERMILION, linestyle="--")}
 
 STYLE = {
@@ -39,10 +40,15 @@ styled = matplotlib.rc_context(STYLE)       # as a decorator
 @styled
 def save(fig: Figure, stem: str | Path) -> list[Path]:
     """stem.png and stem.pdf, each whole or not at all; the same figure gives the same bytes."""
-    files.check_writable(stem)
+    png, pdf = files_of(stem)
+    files.check_writable(png, pdf)
     stamps = {"CreationDate": None, "Producer": None}
-    return [files.write(f"{stem}.png", lambda file: small_png(fig, file)),
-            files.write(f"{stem}.pdf", lambda file: fig.savefig(file, format="pdf", metadata=stamps))]
+    return [files.write(png, lambda file: small_png(fig, file)),
+            files.write(pdf, lambda file: fig.savefig(file, format="pdf", metadata=stamps))]
+
+
+def files_of(stem: str | Path) -> tuple[str, str]:
+    return f"{stem}.png", f"{stem}.pdf"
 
 
 def small_png(fig: Figure, file, dpi: int = 200) -> None:
@@ -89,12 +95,21 @@ def worst_cases(backup: dict, rows: Sequence[int]) -> Figure:
     n = len(backup["seeds"])
     if missing := [row for row in rows if not 0 <= row < n]:
         raise UserError(f"there is no seed {missing[0]}: this attack has the seeds 0 to {n - 1}")
-    columns = ["seed", *backup["models"]]
-    fig = Figure(figsize=(0.98 * len(columns) + 0.1, 1.34 * len(rows) + 0.22), layout="compressed")
-    grid = fig.subplots(len(rows), len(columns), squeeze=False)
-    for row, i in zip(grid, rows, strict=True):
+    labels = list(backup["models"])
+    blocks = math.ceil(len(labels) / 10)        # of methods, below each other: ten images fill a page's width
+    width = math.ceil(len(labels) / blocks)
+    fig = Figure(figsize=(0.98 * (1 + width) + 0.1, (1.34 * len(rows) + 0.22) * blocks), layout="compressed")
+    grid = fig.subplots(len(rows) * blocks, 1 + width, squeeze=False)
+    for k, row in enumerate(grid):
+        block, i = labels[k // len(rows) * width:][:width], rows[k % len(rows)]
         image(row[0], backup["seeds"][i], f"$R$ = {backup['radii'][i]:.3g}")
-        for ax, (label, attacked) in zip(row[1:], backup["models"].items(), strict=True):
+        for ax in row[1 + len(block):]:
+            ax.set_axis_off()
+        if i == rows[0]:
+            for ax, title in zip(row, ["seed", *block], strict=False):
+                ax.set_title(textwrap.fill(title, 14), pad=4)
+        for ax, label in zip(row[1:], block, strict=False):
+            attacked = backup["models"][label]
             scores = [attacked[key][i].item() for key in ("seed_score", "score")]
             predicted = f"class {attacked['prediction'][i]}"
             if backup["meta"][label]["score_is_confidence"]:
@@ -105,8 +120,6 @@ def worst_cases(backup: dict, rows: Sequence[int]) -> Figure:
             else:
                 text = "score {:.3g}\n→ {:.3g}".format(*scores)      # in two lines: -3.91e-05 is long
             image(ax, attacked["samples"][i], f"{predicted}\n{text}")
-    for ax, title in zip(grid[0], columns, strict=True):
-        ax.set_title(title, pad=4)
     return fig
 
 
@@ -158,7 +171,7 @@ def confidences(methods: Mapping[str, Mapping[str, Tensor]], classes: int, bins:
                         xytext=(4, 0), textcoords="offset points", fontsize=8.5, va="center")
         ax.annotate("mean", (1, 1), xycoords="axes fraction", xytext=(4, -1), textcoords="offset points", fontsize=8.5,
                     style="italic", va="center")
-        ax.set(title=label, xlim=(1 / classes, 1), ylim=(0, len(names)))
+        ax.set(title=textwrap.fill(label, 20), xlim=(1 / classes, 1), ylim=(0, len(names)))
         ax.set_xticks(sorted({1 / classes, 0.5, 1}))
         ax.set_yticks([base + 0.28 for base in range(len(names) - 1, -1, -1)], names)
         ax.tick_params(axis="y", length=0)
@@ -178,12 +191,16 @@ def certificate(way: Walk, label: str, shown: int = 7) -> Figure:
     """Left: confidences on the way from a test image (distance 0) out to noise, and the bounds certified on the ball
     around the noise.  Right: the radius certified around each point.  Below: images on the way.
     """
-    fig = Figure(figsize=(8.2, 4.5), layout="constrained")
-    top, bottom = fig.subfigures(2, 1, height_ratios=(2.7, 1.8))
+    others = [name for name in way.confidence if name != label]
+    if len(others) > len(LINES):
+        raise UserError(f"{len(others)} models beside {label}: choose at most {len(LINES)}, to tell their lines apart")
+    pictures = 1.4 + 0.2 * len(way.confidence)      # a line of text for each
+    fig = Figure(figsize=(8.2, 2.7 + pictures), layout="constrained")
+    top, bottom = fig.subfigures(2, 1, height_ratios=(2.7, pictures))
     left, right = top.subplots(1, 2, width_ratios=(1.3, 1))
     d, end = way.distance.numpy(), way.distance[-1].item()
     chosen = torch.linspace(0, len(d) - 1, shown).round().int().tolist()
-    looks = dict(zip((name for name in way.confidence if name != label), cycle(LINES)))
+    looks = dict(zip(others, LINES, strict=False))
     looks[label] = dict(color=BLACK, linewidth=2.4)
     for name, confidence in way.confidence.items():
         left.plot(d, confidence.numpy(), **looks[name], marker="o", markevery=chosen, markersize=3.5, label=name,
@@ -200,7 +217,7 @@ def certificate(way: Walk, label: str, shown: int = 7) -> Figure:
     left.set(ylim=(0, 1.03), ylabel="confidence (%)", yticks=(0, 0.25, 0.5, 0.75, 1))
     left.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
     right.set(ylim=(0, end), ylabel="certified radius\n(units of the metric)")
-    top.legend(loc="outside upper center", ncols=len(left.lines), handlelength=2.8)
+    top.legend(loc="outside upper center", ncols=min(6, len(left.lines)), handlelength=2.8)
     for ax, i in zip(bottom.subplots(1, shown), chosen, strict=True):
         text = [f"{name} {100 * confidence[i]:.1f} %" for name, confidence in way.confidence.items()]
         best = min(bound[i].item() for bound in way.bound.values())

@@ -31,6 +31,8 @@ def walk(models: dict[str, Detector], label: str, image: Tensor, noise: Tensor, 
     """
     if not isinstance(ccu := models[label], CCU):
         raise UserError(f"{label} is no CCU model and certifies nothing; choose CCU or CCUs")
+    if strange := [name for name, model in models.items() if not model.score_is_confidence]:
+        raise UserError(f"the score of {strange[0]} is no confidence; leave it out")
     t = torch.linspace(0, 1, n, device=image.device).square().view(-1, 1, 1, 1)
     images = (1 - t) * image + t * noise                                        # [n, C, H, W]
     around, metric = noise.expand_as(images), ccu.gmm_in.metric
