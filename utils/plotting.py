@@ -48,6 +48,7 @@ def save(fig: Figure, stem: str | Path) -> list[Path]:
 
 
 def files_of(stem: str | Path) -> tuple[str, str]:
+    """What `save` writes."""
     return f"{stem}.png", f"{stem}.pdf"
 
 
@@ -105,7 +106,7 @@ def worst_cases(backup: dict, rows: Sequence[int]) -> Figure:
         image(row[0], backup["seeds"][i], f"$R$ = {backup['radii'][i]:.3g}")
         for ax in row[1 + len(block):]:
             ax.set_axis_off()
-        if i == rows[0]:
+        if k % len(rows) == 0:
             for ax, title in zip(row, ["seed", *block], strict=False):
                 ax.set_title(textwrap.fill(title, 14), pad=4)
         for ax, label in zip(row[1:], block, strict=False):
