@@ -14,14 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import model_paths
-from utils import cli, files, plotting
+from utils import cli, files
 from utils.errors import UserError
 
 NOTEBOOKS = Path(__file__).parent / "notebooks"
 
 
 def main(args):
-    files.check_writable(*plotting.files_of(model_paths.figure("Figure1_TwoMoons")))
+    first = model_paths.figure("Figure1_TwoMoons")
+    files.check_writable(f"{first}.png", f"{first}.pdf")
     draw("Figure1_TwoMoons")
     drawn = [d for d in args.datasets if draw("Figure2_Samples", dataset=d)]
     if drawn:       # the others are named already

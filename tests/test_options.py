@@ -364,3 +364,4 @@ def test_a_home_folder_that_the_shell_left_alone(monkeypatch, tmp_path):
     """bash does so behind --data_dir=."""
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cli.path("~/my data") == str(tmp_path / "my data") and cli.path("a/~") == "a/~"
+    assert cli.stem("~/t.csv") == str(tmp_path / "t") and cli.assignment("A=~/b") == ("A", str(tmp_path / "b"))

@@ -147,7 +147,7 @@ def path(text: str) -> str:
     cannot be looked at, too long or not permitted, for one where nothing is."""
     if not text:        # a variable of the shell that is not set
         raise argparse.ArgumentTypeError("an empty path")
-    text = os.path.expanduser(text)     # the shell leaves --data_dir=~/data as it is
+    text = os.path.expanduser(text)     # the shell leaves --data_dir=~/data and NAME=~/data as they are
     try:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.stat(text)
@@ -161,7 +161,7 @@ def stem(text: str) -> str:
     """argparse type: PATH of PATH.csv and PATH.txt; either file's name means the same."""
     if not text or text.endswith("/"):
         raise argparse.ArgumentTypeError(f"{text!r} names no file")
-    return text.removesuffix(".csv").removesuffix(".txt")
+    return os.path.expanduser(text).removesuffix(".csv").removesuffix(".txt")
 
 
 def assignment(text: str) -> tuple[str, str]:
@@ -169,7 +169,7 @@ def assignment(text: str) -> tuple[str, str]:
     key, _, folder = text.partition("=")
     if not key or not folder:
         raise argparse.ArgumentTypeError(f"{text!r}: write NAME=FOLDER")
-    return key, folder
+    return key, os.path.expanduser(folder)
 
 
 def given(args: argparse.Namespace, parser: Parser, names) -> dict:

@@ -40,16 +40,11 @@ styled = matplotlib.rc_context(STYLE)       # as a decorator
 @styled
 def save(fig: Figure, stem: str | Path) -> list[Path]:
     """stem.png and stem.pdf, each whole or not at all; the same figure gives the same bytes."""
-    png, pdf = files_of(stem)
+    png, pdf = f"{stem}.png", f"{stem}.pdf"
     files.check_writable(png, pdf)
     stamps = {"CreationDate": None, "Producer": None}
     return [files.write(png, lambda file: small_png(fig, file)),
             files.write(pdf, lambda file: fig.savefig(file, format="pdf", metadata=stamps))]
-
-
-def files_of(stem: str | Path) -> tuple[str, str]:
-    """What `save` writes."""
-    return f"{stem}.png", f"{stem}.pdf"
 
 
 def small_png(fig: Figure, file, dpi: int = 200) -> None:
@@ -100,28 +95,30 @@ def worst_cases(backup: dict, rows: Sequence[int]) -> Figure:
     blocks = math.ceil(len(labels) / 10)        # of methods, below each other: ten images fill a page's width
     width = math.ceil(len(labels) / blocks)
     fig = Figure(figsize=(0.98 * (1 + width) + 0.1, (1.34 * len(rows) + 0.22) * blocks), layout="compressed")
-    grid = fig.subplots(len(rows) * blocks, 1 + width, squeeze=False)
-    for k, row in enumerate(grid):
-        block, i = labels[k // len(rows) * width:][:width], rows[k % len(rows)]
-        image(row[0], backup["seeds"][i], f"$R$ = {backup['radii'][i]:.3g}")
-        for ax in row[1 + len(block):]:
+    panels = fig.subplots(blocks * len(rows), 1 + width, squeeze=False)
+    for k, grid in enumerate(panels.reshape(blocks, len(rows), 1 + width)):
+        block = labels[k * width:][:width]
+        for ax, title in zip(grid[0], ["seed", *block], strict=False):
+            ax.set_title(textwrap.fill(title, 14), pad=4)
+        for ax in grid[:, 1 + len(block):].flat:
             ax.set_axis_off()
-        if k % len(rows) == 0:
-            for ax, title in zip(row, ["seed", *block], strict=False):
-                ax.set_title(textwrap.fill(title, 14), pad=4)
-        for ax, label in zip(row[1:], block, strict=False):
-            attacked = backup["models"][label]
-            scores = [attacked[key][i].item() for key in ("seed_score", "score")]
-            predicted = f"class {attacked['prediction'][i]}"
-            if backup["meta"][label]["score_is_confidence"]:
-                if math.isclose(scores[1], -math.log(backup["classes"]), abs_tol=1e-6):      # up to float32's rounding
-                    predicted = "no class"
-                before, after = (f"{100 * torch.tensor(score).exp():.1f}" for score in scores)
-                text = f"{before} → {after} %"
-            else:
-                text = "score {:.3g}\n→ {:.3g}".format(*scores)      # in two lines: -3.91e-05 is long
-            image(ax, attacked["samples"][i], f"{predicted}\n{text}")
+        for row, i in zip(grid, rows, strict=True):
+            image(row[0], backup["seeds"][i], f"$R$ = {backup['radii'][i]:.3g}")
+            for ax, label in zip(row[1:], block, strict=False):
+                image(ax, backup["models"][label]["samples"][i], prediction(backup, label, i))
     return fig
+
+
+def prediction(backup: dict, label: str, i: int) -> str:
+    """What stands below a method's image of seed i."""
+    attacked = backup["models"][label]
+    scores = [attacked[key][i].item() for key in ("seed_score", "score")]
+    predicted = f"class {attacked['prediction'][i]}"
+    if not backup["meta"][label]["score_is_confidence"]:
+        return "{}\nscore {:.3g}\n→ {:.3g}".format(predicted, *scores)     # in three lines: -3.91e-05 is long
+    if math.isclose(scores[1], -math.log(backup["classes"]), abs_tol=1e-6):     # up to float32's rounding
+        predicted = "no class"
+    return "{}\n{:.1f} → {:.1f} %".format(predicted, *(100 * torch.tensor(scores).exp()))
 
 
 def image(ax, pixels: Tensor, text: str) -> None:
