@@ -104,10 +104,15 @@ $(MODELS)/.table1: $(sort $(LABELS:%=$(MODELS)/%.pt) $(MODELS)/CCU.pt) $(call st
 	exec $(PY) gen_attack_stats.py --datasets $(DATASET) --wide_format 1 --fit_out 1 $(DATA) $(call gpu,CCU) --models $(LABELS) --steps $(STEPS) --restarts $(RESTARTS) --resume 1 --output $(TABLE1)
 	$(call stamp,$(OF1))
 
+# with -j they share the cores: trainings that each take all of them wait for each other
+jobs = $(patsubst -j%,%,$(filter -j%,$(MAKEFLAGS)))
+cores := $$(nproc 2> /dev/null || getconf _NPROCESSORS_ONLN)
+share = $(if $(jobs),$(if $(OMP_NUM_THREADS),,env OMP_NUM_THREADS=$$((($(cores) + $(jobs) - 1) / $(jobs)))))
+
 # written whole or not at all, and replaced only at the end: not for make to delete when it is interrupted
 .PRECIOUS: $(MODELS)/%.pt
 $(MODELS)/%.pt: | $(INSTALLED)
-	exec $(PY) run_training.py --dataset $(DATASET) $$($(PY) -c 'import model_paths; print(model_paths.options("$*"))') --augm_flag 1 $(if $(filter ODIN% Maha%,$*),,$(addprefix --epochs ,$(EPOCHS))) $(DATA) $(if $(filter $(NO_OUT),$*),,$(OUT)) $(call gpu,$*) --resume 1 $(ACET) $(TRAIN_ARGS)
+	exec $(share) $(PY) run_training.py --dataset $(DATASET) $$($(PY) -c 'import model_paths; print(model_paths.options("$*"))') --augm_flag 1 $(if $(filter ODIN% Maha%,$*),,$(addprefix --epochs ,$(EPOCHS))) $(DATA) $(if $(filter $(NO_OUT),$*),,$(OUT)) $(call gpu,$*) --resume 1 $(ACET) $(TRAIN_ARGS)
 
 # those that are there need no mixtures any more, and may be the authors'
 WAITING := $(sort CCU CCUs $(if $(fetching),$(LABELS),$(filter CCU%,$(LABELS))))

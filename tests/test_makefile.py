@@ -3,6 +3,7 @@
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 HOUR = 3600 * 10 ** 9       # in nanoseconds
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="no make on this machine")
 
@@ -180,8 +182,20 @@ def test_an_interrupt_leaves_the_model_that_has_just_been_written(planned, folde
     fake_python(folder, "case $1 in run_training.py) mkdir -p checkpoints/Digits; echo x > checkpoints/Digits/Base.pt; "
                 "kill -INT 0;; esac")
     run = subprocess.run(["make", "checkpoints/Digits/Base.pt"], cwd=folder, text=True, capture_output=True,
-                         start_new_session=True)
+                         start_new_session=True,
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))     # nohup's ignores it
     assert run.returncode and (folder / "checkpoints/Digits/Base.pt").exists(), run.stderr
+
+
+@pytest.mark.parametrize(("flags", "threads", "expected"), [
+    (["-j2"], {}, (CORES + 1) // 2), (["-j1000"], {}, 1), (["-j2"], {"OMP_NUM_THREADS": "7"}, 7), ([], {}, ""),
+    (["-j"], {}, "")])
+def test_trainings_side_by_side_share_the_cores(planned, folder, flags, threads, expected):
+    fake_python(folder, 'case $1 in run_training.py) echo "threads: $OMP_NUM_THREADS";; esac')
+    environment = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "MAKEFLAGS")}
+    run = subprocess.run(["make", *flags, "checkpoints/Digits/Base.pt"], cwd=folder, text=True, capture_output=True,
+                         env=environment | threads)
+    assert f"threads: {expected}\n" in run.stdout, run.stderr
 
 
 def test_a_check_leaves_the_models_that_are_there(planned, folder):

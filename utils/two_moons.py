@@ -1,5 +1,7 @@
 """Two moons in the unit square, and the two networks of Figure 1 (README: Figures)."""
 
+import contextlib
+
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +20,19 @@ def points(seed: int = 0) -> tuple[Tensor, Tensor]:
     return torch.from_numpy((x + 1.6) / 4).float(), torch.from_numpy(y)
 
 
+@contextlib.contextmanager
+def one_thread():
+    """For tensors so small that several threads gain nothing; where other work keeps the cores busy, they would wait
+    for each other most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@one_thread()
 def train(train_type: str, x: Tensor, y: Tensor, epochs: int, seed: int = 0) -> Detector:
     """An MLP 2-32-64-2 on x, y: "plain", or "CEDA_GMM", which is CCUs with out-points uniform on the square."""
     p = params.TWO_MOONS
