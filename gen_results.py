@@ -24,7 +24,7 @@ from utils.errors import UserError, warn
 SHORT = {"MNIST-100epochs": ("Base", "CEDA", "OE", "ODIN", "Maha", "CCUs", "CCU"),
          "MNIST-float32": ("Base", "CEDA", "OE", "ACET", "ODIN", "Maha", "CCUs", "CCU"),
          "FMNIST-LeNet": ("Base", "CEDA", "OE", "ACET", "ODIN", "Maha", "CCUs", "CCU"),
-         "Folder-CIFAR10-JPEG": ("Base", "CEDA", "ODIN", "Maha", "CCUs", "CCU")}
+         "Folder-CIFAR10-JPEG": ("Base", "CEDA", "OE", "ACET", "ODIN", "Maha", "CCUs", "CCU")}
 BEGIN, END = "<!-- results: written by gen_results.py -->\n", "<!-- end of results -->\n"
 SHORTEST = params.EPOCHS / 20       # a run of fewer epochs compares with no whole one
 # of a model's options those that may differ, or are compared by what came of them; of its mixtures likewise
